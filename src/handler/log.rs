@@ -1,0 +1,1 @@
+//! `log`: writes events to the daemon's log.

@@ -1,0 +1,3 @@
+//! The `pulsebus` binary.
+
+fn main() {}

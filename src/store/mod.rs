@@ -1,0 +1,330 @@
+//! The event store: an append-only log and the state that must commit with it.
+//!
+//! [`EventStore`] is the contract; [`memory`], [`sqlite`] and [`postgres`] keep it. [`Log`] is
+//! what the rest of the program uses: one writer a process (group commit), a tail of recent
+//! events in memory, and a signal when the log grows.
+//!
+//! # Contract
+//!
+//! Clauses are numbered; the conformance suite in `tests/conformance/store.rs` has a test for
+//! each, named after its number, and runs against every implementation.
+//!
+//! * **S1** An append is atomic and durable when it returns: its events, quarantine entries
+//!   and marks are all there, or none is (G1).
+//! * **S2** Positions are 1, 2, 3 … in the order of the batch, without gaps, also with several
+//!   writers, failed appends and duplicates (G3).
+//! * **S3** A reader never sees position n before n-1 (G3).
+//! * **S4** `(source, id)` is stored once; a copy gets [`Receipt::Duplicate`] with the position
+//!   of the first, also within a batch (G2). A copy has the same type, and the same data as a
+//!   JSON value.
+//! * **S5** Another type or other data under the same `(source, id)` is a conflict: the first
+//!   stays as it is, the second is quarantined.
+//! * **S6** An event that the database itself refuses is quarantined with the database's
+//!   reason; the rest of its batch is stored.
+//! * **S7** Body, headers, origin and attributes come back as they went in, byte for byte (G9).
+//! * **S8** Marks only move forward within an incarnation; a new incarnation replaces the old.
+//! * **S9** A cursor is what was last saved under that name.
+//! * **S10** When an append fails with [`StoreError::Unavailable`] its outcome may be unknown;
+//!   appending the same batch again stores what is missing, once.
+//! * **S11** What was committed is there after the store is closed, or killed, and opened again
+//!   (not `memory`).
+
+mod log;
+pub mod memory;
+pub mod postgres;
+pub mod sqlite;
+mod tail;
+
+pub use log::{Append, Log, LogOptions};
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use futures_util::{Stream, stream};
+use serde::de::DeserializeOwned;
+use time::OffsetDateTime;
+
+use crate::{
+    event::{Event, Headers, Origin, Position, Quarantined, StoredEvent},
+    transport::{Mark, Receipt},
+};
+
+/// One thing to append.
+#[derive(Debug, Clone)]
+pub enum Entry {
+    /// An event, for the log.
+    Event(Event),
+    /// What is none, for quarantine.
+    Quarantine(Quarantined),
+}
+
+/// What is appended in one go.
+#[derive(Debug, Clone)]
+pub struct Batch {
+    /// In log order.
+    pub entries: Vec<Entry>,
+    /// How far sources are once this is committed: source name and mark.
+    pub marks: Vec<(Arc<str>, Mark)>,
+    /// The `recorded_at` of every entry. UTC, whole microseconds.
+    pub recorded_at: OffsetDateTime,
+}
+
+impl Batch {
+    /// A batch of these entries, recorded now, that moves no mark.
+    #[must_use]
+    pub fn new(entries: Vec<Entry>) -> Self {
+        Self { entries, marks: Vec::new(), recorded_at: crate::event::now() }
+    }
+}
+
+/// How many events to read at once.
+#[derive(Debug, Clone, Copy)]
+pub struct Limit {
+    /// At most this many events.
+    pub events: usize,
+    /// Stop once bodies add up to this many bytes; one event is always read.
+    pub bytes: usize,
+}
+
+impl Default for Limit {
+    /// 1,000 events, 8 MiB.
+    fn default() -> Self {
+        Self { events: 1_000, bytes: 8 << 20 }
+    }
+}
+
+/// Which events to list. All conditions must hold.
+#[derive(Debug, Clone, Default)]
+pub struct Query {
+    /// Ascending: events after this one. Descending: events before it, if it is not zero.
+    pub after: Position,
+    /// Of exactly this type.
+    pub kind: Option<String>,
+    /// Of exactly this key.
+    pub key: Option<String>,
+    /// Newest first.
+    pub descending: bool,
+    /// At most this many.
+    pub limit: usize,
+}
+
+/// A row of quarantine.
+#[derive(Debug, Clone, PartialEq)]
+pub struct QuarantineEntry {
+    /// Its number: 1, 2, 3 …; numbers may be missing.
+    pub number: u64,
+    /// When it was committed. UTC, microseconds.
+    pub received_at: OffsetDateTime,
+    /// Why it is here.
+    pub reason: String,
+    /// Where it came from.
+    pub origin: Origin,
+    /// Its headers, typed.
+    pub headers: Headers,
+    /// Its bytes.
+    pub body: bytes::Bytes,
+}
+
+/// The log and the state that commits with it. See the [module](self) for the contract.
+///
+/// *Concurrency*: every method may be called from many tasks at once. *Cancel safe*: a dropped
+/// append may or may not have happened (S10); a dropped read changes nothing.
+#[async_trait]
+pub trait EventStore: Send + Sync + 'static {
+    /// `memory`, `sqlite`, `postgres`, or a name of your own.
+    fn kind(&self) -> &'static str;
+
+    /// Appends (S1-S6, S8); one receipt per entry, in order. An empty batch may carry marks.
+    ///
+    /// # Errors
+    /// [`StoreError::Unavailable`]: try the same batch again (S10). [`StoreError::Fatal`]: the
+    /// store can no longer be trusted; stop.
+    async fn append(&self, batch: &Batch) -> Result<Vec<Receipt>, StoreError>;
+
+    /// The last position; [`Position::START`] when the log is empty.
+    async fn head(&self) -> Result<Position, StoreError>;
+
+    /// The events after `after`, in order, contiguous. Empty at the head.
+    async fn read(
+        &self,
+        after: Position,
+        limit: Limit,
+    ) -> Result<Vec<Arc<StoredEvent>>, StoreError>;
+
+    /// Lists events by type or key, in either direction.
+    async fn list(&self, query: &Query) -> Result<Vec<Arc<StoredEvent>>, StoreError>;
+
+    /// The event of that identity.
+    async fn find(&self, source: &str, id: &str) -> Result<Option<Arc<StoredEvent>>, StoreError>;
+
+    /// The mark of a source (S8).
+    async fn mark(&self, source: &str) -> Result<Option<Mark>, StoreError>;
+
+    /// The cursor of a handler: the last position it has finished, contiguously (S9, G6).
+    async fn cursor(&self, handler: &str) -> Result<Option<Position>, StoreError>;
+
+    /// Saves cursors, all in one transaction.
+    async fn save_cursors(&self, cursors: &[(Arc<str>, Position)]) -> Result<(), StoreError>;
+
+    /// Quarantine entries with a number greater than `after`, in order.
+    async fn quarantine(
+        &self,
+        after: u64,
+        limit: usize,
+    ) -> Result<Vec<QuarantineEntry>, StoreError>;
+
+    /// How many entries are in quarantine.
+    async fn quarantine_len(&self) -> Result<u64, StoreError>;
+
+    /// Returns when another process may have appended after `seen`, or after a while at the
+    /// latest; never for a store only this process can write to.
+    async fn appended_elsewhere(&self, seen: Position) {
+        let _ = seen;
+        std::future::pending::<()>().await;
+    }
+
+    /// Closes connections and files; nothing may be called afterwards.
+    async fn close(&self);
+}
+
+impl dyn EventStore {
+    /// Every event from the first to the head at the time it is reached, typed by
+    /// [`Event::decode`]. Events that do not fit `E` are errors in the stream, with their
+    /// position; the stream goes on behind them. A store error ends it.
+    pub fn stream_all<E: DeserializeOwned + Send>(
+        &self,
+    ) -> impl Stream<Item = Result<(Position, E), StreamError>> + Send + '_ {
+        let pages = stream::unfold(Some(Position::START), move |after| async move {
+            let after = after?;
+            match self.read(after, Limit::default()).await {
+                Ok(events) => {
+                    let last = events.last()?.position;
+                    let items: Vec<_> = events
+                        .iter()
+                        .map(|event| {
+                            event.decode::<E>().map(|typed| (event.position, typed)).map_err(
+                                |source| StreamError::Decode { position: event.position, source },
+                            )
+                        })
+                        .collect();
+                    Some((stream::iter(items), Some(last)))
+                }
+                Err(error) => Some((stream::iter(vec![Err(StreamError::Store(error))]), None)),
+            }
+        });
+        futures_util::StreamExt::flatten(pages)
+    }
+}
+
+/// Why an item of [`stream_all`](trait.EventStore.html#method.stream_all) is missing.
+#[derive(Debug, thiserror::Error)]
+pub enum StreamError {
+    /// The event is there and is not such an `E`.
+    #[error("event at position {position} does not decode")]
+    Decode {
+        /// Which one.
+        position: Position,
+        /// Why.
+        source: serde_json::Error,
+    },
+    /// The store could not be read.
+    #[error("failed to read the log")]
+    Store(#[source] StoreError),
+}
+
+/// What went wrong with a store.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum StoreError {
+    /// It is away, locked, full or overloaded; the same call may work later.
+    #[error("store unavailable: {0}")]
+    Unavailable(Arc<str>),
+    /// It can no longer be trusted (an fsync failed, the file is damaged, the log went back):
+    /// stop, and say so.
+    #[error("store failed: {0}")]
+    Fatal(Arc<str>),
+    /// It cannot be used as configured: no such database, an older or newer schema.
+    #[error("{0}")]
+    Misconfigured(Arc<str>),
+}
+
+impl StoreError {
+    /// Unavailable, with this reason.
+    pub fn unavailable(reason: impl std::fmt::Display) -> Self {
+        Self::Unavailable(reason.to_string().into())
+    }
+
+    /// Fatal, with this reason.
+    pub fn fatal(reason: impl std::fmt::Display) -> Self {
+        Self::Fatal(reason.to_string().into())
+    }
+
+    /// Misconfigured, with this reason.
+    pub fn misconfigured(reason: impl std::fmt::Display) -> Self {
+        Self::Misconfigured(reason.to_string().into())
+    }
+}
+
+/// What the events of a batch are when the database refuses some of them: how [`EventStore`]
+/// implementations keep S6.
+///
+/// Calls `attempt` with the batch; when it fails with [`AttemptError::Refused`], halves it until
+/// the refused entries stand alone, and appends those as quarantine. Marks go with the last
+/// part, so a crash between parts claims nothing that is not there.
+///
+/// # Errors
+/// Whatever `attempt` fails with otherwise.
+pub async fn append_isolating<'a, F, Fut>(
+    batch: &Batch,
+    mut attempt: F,
+) -> Result<Vec<Receipt>, StoreError>
+where
+    F: FnMut(Batch) -> Fut + Send,
+    Fut: Future<Output = Result<Vec<Receipt>, AttemptError>> + Send + 'a,
+{
+    let mut receipts = Vec::with_capacity(batch.entries.len());
+    let mut parts = vec![batch.clone()];
+    while let Some(mut part) = parts.pop() {
+        match attempt(part.clone()).await {
+            Ok(done) => receipts.extend(done),
+            Err(AttemptError::Store(error)) => return Err(error),
+            Err(AttemptError::Refused(reason)) => match part.entries.len() {
+                0 => return Err(StoreError::fatal(format_args!("marks refused: {reason}"))),
+                1 => {
+                    let Some(Entry::Event(event)) = part.entries.pop() else {
+                        return Err(StoreError::fatal(format_args!(
+                            "quarantine entry refused: {reason}"
+                        )));
+                    };
+                    part.entries.push(Entry::Quarantine(refused(event, &reason)));
+                    parts.push(part);
+                }
+                n => {
+                    let rest = part.entries.split_off(n / 2);
+                    let first = Batch { marks: Vec::new(), ..part.clone() };
+                    parts.push(Batch { entries: rest, ..part });
+                    parts.push(first);
+                }
+            },
+        }
+    }
+    Ok(receipts)
+}
+
+fn refused(event: Event, reason: &str) -> Quarantined {
+    Quarantined { reason: format!("refused by the store: {reason}"), message: event.into_message() }
+}
+
+/// How one attempt at an append failed; see [`append_isolating`].
+#[derive(Debug)]
+pub enum AttemptError {
+    /// The database refuses some of the data; nothing was stored.
+    Refused(String),
+    /// Anything else.
+    Store(StoreError),
+}
+
+impl From<StoreError> for AttemptError {
+    fn from(error: StoreError) -> Self {
+        Self::Store(error)
+    }
+}

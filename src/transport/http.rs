@@ -1,0 +1,1 @@
+//! HTTP: the ingest endpoint's way in.

@@ -1,0 +1,1 @@
+//! The reference transport: everything in this process, for tests and embedding.
