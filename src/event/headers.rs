@@ -3,6 +3,7 @@
 use std::{borrow::Cow, collections::BTreeMap, fmt};
 
 use base64::engine::general_purpose::STANDARD as BASE64;
+use rustc_hash::FxHashMap;
 use serde::{
     Deserialize, Deserializer, Serialize, Serializer,
     de::{MapAccess, Visitor},
@@ -163,6 +164,12 @@ impl Headers {
         self.0.iter().map(|(n, v)| (&**n, v))
     }
 
+    /// About how many bytes they take: names and text; other values count for 16 each.
+    #[must_use]
+    pub fn weight(&self) -> usize {
+        self.0.iter().map(|(name, value)| name.len() + value.as_str().map_or(16, str::len)).sum()
+    }
+
     /// `Content-Type` (NATS, HTTP) or the `content_type` property (AMQP).
     #[must_use]
     pub fn content_type(&self) -> Option<&str> {
@@ -195,17 +202,22 @@ impl FromIterator<(Box<str>, HeaderValue)> for Headers {
 
 impl Serialize for Headers {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut map = serializer.serialize_map(None)?;
-        for (i, (name, value)) in self.0.iter().enumerate() {
-            if self.0[..i].iter().any(|(n, _)| n == name) {
-                continue;
-            }
-            let all: Vec<_> =
-                self.0[i..].iter().filter(|(n, _)| n == name).map(|(_, v)| ValueRef(v)).collect();
-            if all.len() == 1 {
-                map.serialize_entry(name, &ValueRef(value))?;
-            } else {
-                map.serialize_entry(name, &BTreeMap::from([("many", all)]))?;
+        // Values by name, names in the order of their first value. By hash, since nothing bounds
+        // how many headers a publisher sends.
+        let mut places = FxHashMap::default();
+        let mut names: Vec<(&str, Vec<ValueRef<'_>>)> = Vec::with_capacity(self.0.len());
+        for (name, value) in &self.0 {
+            let place = *places.entry(&**name).or_insert_with(|| {
+                names.push((name, Vec::with_capacity(1)));
+                names.len() - 1
+            });
+            names[place].1.push(ValueRef(value));
+        }
+        let mut map = serializer.serialize_map(Some(names.len()))?;
+        for (name, values) in names {
+            match values.as_slice() {
+                [value] => map.serialize_entry(name, value)?,
+                many => map.serialize_entry(name, &BTreeMap::from([("many", many)]))?,
             }
         }
         map.end()
@@ -255,6 +267,12 @@ impl Serialize for ValueRef<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         match self.0 {
             HeaderValue::Text(text) => serializer.serialize_str(text),
+            // Left to serde it would be the bare string "void", which is a text.
+            HeaderValue::Void => {
+                let mut map = serializer.serialize_map(Some(1))?;
+                map.serialize_entry("void", &())?;
+                map.end()
+            }
             other => other.serialize(serializer),
         }
     }
@@ -333,6 +351,16 @@ mod tests {
             all
         };
         assert_eq!(sorted(&back), sorted(&headers), "{json}");
+    }
+
+    #[test]
+    fn the_json_of_one_value_is_the_value() {
+        let mut headers = Headers::new();
+        headers.push("a", "b");
+        headers.push("many", "c");
+        headers.push("void", HeaderValue::Void);
+        assert_eq!(headers.to_json(), r#"{"a":"b","many":"c","void":{"void":null}}"#);
+        assert_eq!(Headers::from_json(&headers.to_json()).unwrap(), headers);
     }
 
     #[test]

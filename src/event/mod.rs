@@ -9,18 +9,22 @@
 //! [`MAX_DEPTH`] deep and is never changed; an attribute never differs from what the body or
 //! the headers say.
 
+mod binary;
 mod decode;
 mod domain;
 mod expr;
 mod headers;
 mod new;
+mod reason;
+mod rfc3339;
 mod scan;
 
-pub use decode::{Decoder, DecoderOptions, NotAnEvent, Reason};
+pub use decode::{Decoder, DecoderOptions};
 pub use domain::{DomainEvent, UnixTimestamp};
 pub use expr::{Expr, ParseExprError};
 pub use headers::{HeaderValue, Headers};
-pub use new::NewEvent;
+pub use new::{NewEvent, NewEventError};
+pub use reason::{NotAnEvent, Reason};
 
 use std::{fmt, str::FromStr, sync::Arc};
 
@@ -300,11 +304,16 @@ impl Event {
     /// Where type or data do not fit `T`; an unknown type is an error here and an ordinary
     /// event everywhere else.
     pub fn decode<T: DeserializeOwned>(&self) -> Result<T, serde_json::Error> {
+        let rebuilt = || {
+            let kind = serde_json::to_string(&*self.kind)?;
+            serde_json::from_str(&format!("{{\"type\":{kind},\"data\":{}}}", self.data()))
+        };
         if self.format == Format::Native {
-            return serde_json::from_str(self.body_str());
+            // Serde refuses a member that repeats, where the last one counts for us.
+            let direct = serde_json::from_str(self.body_str());
+            return direct.or_else(|error| rebuilt().map_err(|_| error));
         }
-        let kind = serde_json::to_string(&*self.kind)?;
-        serde_json::from_str(&format!("{{\"type\":{kind},\"data\":{}}}", self.data()))
+        rebuilt()
     }
 
     /// A CloudEvents attribute that is not a column of the log, as text: `datacontenttype`,
@@ -352,6 +361,7 @@ pub fn now() -> OffsetDateTime {
 /// Truncates to whole microseconds, which is what every store can keep.
 #[must_use]
 pub fn to_micros(at: OffsetDateTime) -> OffsetDateTime {
-    let at = at.to_offset(time::UtcOffset::UTC);
+    // Only within a day of the years -9999 and 9999 is there no such time in UTC.
+    let at = at.checked_to_offset(time::UtcOffset::UTC).unwrap_or(at);
     at.replace_nanosecond(at.nanosecond() / 1000 * 1000).unwrap_or(at)
 }

@@ -19,9 +19,13 @@
 
 pub mod forward;
 pub mod log;
+mod pointer;
 pub mod search;
+pub mod template;
 
-use std::{error::Error, fmt, sync::Arc, time::Duration};
+pub use pointer::ParsePointerError;
+
+use std::{borrow::Cow, error::Error, fmt, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 
@@ -39,6 +43,12 @@ pub trait EventHandler: Send + Sync + 'static {
         "custom"
     }
 
+    /// What must stay in order (H2): events of one lane are handled one after the other.
+    /// Default: the event's key.
+    fn lane<'a>(&self, event: &'a StoredEvent) -> Cow<'a, str> {
+        Cow::Borrowed(event.event.key())
+    }
+
     /// Handles one event (H1-H4).
     ///
     /// *Cancel safety*: the future is dropped when `timeout` has passed or a drain's deadline
@@ -53,10 +63,23 @@ pub trait EventHandler: Send + Sync + 'static {
     /// Handles several events, one outcome each, in order. Called instead of
     /// [`handle`](Self::handle) when [`batching`](Self::batching) says so. Fewer outcomes than
     /// events is a failed attempt of those without one.
+    ///
+    /// Default: [`handle`](Self::handle) for each, passing over those behind a failed one of
+    /// their lane.
     async fn handle_batch(&self, events: &[Arc<StoredEvent>]) -> Vec<Outcome> {
         let mut outcomes = Vec::with_capacity(events.len());
+        let mut failed: Vec<Cow<'_, str>> = Vec::new();
         for event in events {
-            outcomes.push(self.handle(event).await);
+            let lane = self.lane(event);
+            if failed.contains(&lane) {
+                outcomes.push(Outcome::retry("an earlier event of its lane failed"));
+                continue;
+            }
+            let outcome = self.handle(event).await;
+            if !matches!(outcome, Outcome::Done) {
+                failed.push(lane);
+            }
+            outcomes.push(outcome);
         }
         outcomes
     }

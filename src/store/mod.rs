@@ -26,20 +26,25 @@
 //! * **S9** A cursor is what was last saved under that name.
 //! * **S10** When an append fails with [`StoreError::Unavailable`] its outcome may be unknown;
 //!   appending the same batch again stores what is missing, once.
+//! * **S12** A dead letter is there once for each handler and position, as last buried.
 //! * **S11** What was committed is there after the store is closed, or killed, and opened again
 //!   (not `memory`).
 
+mod admit;
 mod log;
 pub mod memory;
 pub mod postgres;
+mod row;
+mod same;
 pub mod sqlite;
 mod tail;
 
-pub use log::{Append, Log, LogOptions};
+pub use log::{Append, Log, LogHealth, LogOptions, Ticket};
 
-use std::sync::Arc;
+use std::{borrow::Cow, sync::Arc};
 
 use async_trait::async_trait;
+use bytes::Bytes;
 use futures_util::{Stream, stream};
 use serde::de::DeserializeOwned;
 use time::OffsetDateTime;
@@ -94,7 +99,7 @@ impl Default for Limit {
 }
 
 /// Which events to list. All conditions must hold.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Query {
     /// Ascending: events after this one. Descending: events before it, if it is not zero.
     pub after: Position,
@@ -106,9 +111,19 @@ pub struct Query {
     pub descending: bool,
     /// At most this many.
     pub limit: usize,
+    /// Stop once bodies add up to this many bytes; one event is always listed.
+    pub bytes: usize,
 }
 
-/// A row of quarantine.
+impl Default for Query {
+    /// Every event from the first on, with the default [`Limit`].
+    fn default() -> Self {
+        let Limit { events: limit, bytes } = Limit::default();
+        Self { after: Position::START, kind: None, key: None, descending: false, limit, bytes }
+    }
+}
+
+/// A row of quarantine, without the bytes.
 #[derive(Debug, Clone, PartialEq)]
 pub struct QuarantineEntry {
     /// Its number: 1, 2, 3 …; numbers may be missing.
@@ -121,8 +136,35 @@ pub struct QuarantineEntry {
     pub origin: Origin,
     /// Its headers, typed.
     pub headers: Headers,
-    /// Its bytes.
-    pub body: bytes::Bytes,
+    /// How many bytes it has; [`EventStore::quarantine_entry`] has them.
+    pub size: u64,
+}
+
+/// An event that a handler could not handle: it rejected it, or its last attempt failed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeadLetter {
+    /// Its number, given by the store: 1, 2, 3 …; numbers may be missing. 0 before that.
+    pub number: u64,
+    /// The handler.
+    pub handler: Arc<str>,
+    /// The event's position.
+    pub position: Position,
+    /// The event's id.
+    pub id: String,
+    /// The event's type.
+    pub kind: String,
+    /// What the handler keeps in order: the event's key, or the document id for `search`.
+    pub key: String,
+    /// How often it was tried.
+    pub attempts: u32,
+    /// Why it failed the first time.
+    pub first_error: String,
+    /// Why it failed the last time.
+    pub last_error: String,
+    /// When it failed first. UTC, microseconds.
+    pub first_failed_at: OffsetDateTime,
+    /// When it failed last. UTC, microseconds.
+    pub last_failed_at: OffsetDateTime,
 }
 
 /// The log and the state that commits with it. See the [module](self) for the contract.
@@ -166,12 +208,31 @@ pub trait EventStore: Send + Sync + 'static {
     /// Saves cursors, all in one transaction.
     async fn save_cursors(&self, cursors: &[(Arc<str>, Position)]) -> Result<(), StoreError>;
 
-    /// Quarantine entries with a number greater than `after`, in order.
+    /// Keeps dead letters, all in one transaction (S12). One that is there already, of the same
+    /// handler and position, is replaced.
+    async fn bury(&self, letters: &[DeadLetter]) -> Result<(), StoreError>;
+
+    /// Dead letters of one handler, or of all, with a number greater than `after`, in order.
+    async fn dead_letters(
+        &self,
+        handler: Option<&str>,
+        after: u64,
+        limit: usize,
+    ) -> Result<Vec<DeadLetter>, StoreError>;
+
+    /// Quarantine entries with a number greater than `after`, in order. Bodies are not read:
+    /// what is here may be as large as a broker takes.
     async fn quarantine(
         &self,
         after: u64,
         limit: usize,
     ) -> Result<Vec<QuarantineEntry>, StoreError>;
+
+    /// The quarantine entry of that number, and its bytes.
+    async fn quarantine_entry(
+        &self,
+        number: u64,
+    ) -> Result<Option<(QuarantineEntry, Bytes)>, StoreError>;
 
     /// How many entries are in quarantine.
     async fn quarantine_len(&self) -> Result<u64, StoreError>;
@@ -264,54 +325,119 @@ impl StoreError {
     }
 }
 
-/// What the events of a batch are when the database refuses some of them: how [`EventStore`]
+/// One try at an append: what a database adds to [`append_isolating`].
+#[async_trait]
+pub trait AttemptAppend: Send + Sync {
+    /// Appends the batch in one transaction, or leaves nothing behind.
+    async fn attempt(&self, batch: &Batch) -> Result<Vec<Receipt>, AttemptError>;
+
+    /// Does the same and then rolls back: would these be refused?
+    async fn probe(&self, batch: &Batch) -> Result<(), AttemptError>;
+}
+
+/// Appends a batch of which the database refuses some events: how [`EventStore`]
 /// implementations keep S6.
 ///
-/// Calls `attempt` with the batch; when it fails with [`AttemptError::Refused`], halves it until
-/// the refused entries stand alone, and appends those as quarantine. Marks go with the last
-/// part, so a crash between parts claims nothing that is not there.
+/// The common case is one [`attempt`](AttemptAppend::attempt) and no copy. When that is refused,
+/// halves of the batch are [probed](AttemptAppend::probe) until the refused entries stand alone;
+/// those become quarantine entries, and the whole batch is attempted again, so that it is still
+/// appended in one transaction (S1). Only a batch that is refused as a whole, while none of its
+/// entries is (it is too large in sum), is appended in two halves; marks go with the second, so
+/// a crash in between claims nothing that is not there.
 ///
 /// # Errors
-/// Whatever `attempt` fails with otherwise.
-pub async fn append_isolating<'a, F, Fut>(
+/// Whatever an attempt fails with otherwise.
+pub async fn append_isolating<A: AttemptAppend + ?Sized>(
+    store: &A,
     batch: &Batch,
-    mut attempt: F,
-) -> Result<Vec<Receipt>, StoreError>
-where
-    F: FnMut(Batch) -> Fut + Send,
-    Fut: Future<Output = Result<Vec<Receipt>, AttemptError>> + Send + 'a,
-{
+) -> Result<Vec<Receipt>, StoreError> {
     let mut receipts = Vec::with_capacity(batch.entries.len());
-    let mut parts = vec![batch.clone()];
-    while let Some(mut part) = parts.pop() {
-        match attempt(part.clone()).await {
-            Ok(done) => receipts.extend(done),
+    let mut parts = vec![Cow::Borrowed(batch)];
+    while let Some(part) = parts.pop() {
+        let reason = match store.attempt(&part).await {
+            Ok(done) => {
+                receipts.extend(done);
+                continue;
+            }
             Err(AttemptError::Store(error)) => return Err(error),
-            Err(AttemptError::Refused(reason)) => match part.entries.len() {
-                0 => return Err(StoreError::fatal(format_args!("marks refused: {reason}"))),
-                1 => {
-                    let Some(Entry::Event(event)) = part.entries.pop() else {
-                        return Err(StoreError::fatal(format_args!(
-                            "quarantine entry refused: {reason}"
-                        )));
-                    };
-                    part.entries.push(Entry::Quarantine(refused(event, &reason)));
-                    parts.push(part);
-                }
-                n => {
-                    let rest = part.entries.split_off(n / 2);
-                    let first = Batch { marks: Vec::new(), ..part.clone() };
-                    parts.push(Batch { entries: rest, ..part });
-                    parts.push(first);
-                }
-            },
+            Err(AttemptError::Refused(reason)) => reason,
+        };
+        let mut part = part.into_owned();
+        let refused = find_refused(store, &part).await?;
+        if !refused.is_empty() {
+            for (index, reason) in refused {
+                let entry = &mut part.entries[index];
+                *entry = Entry::Quarantine(refused_entry(entry, &reason)?);
+            }
+            parts.push(Cow::Owned(part));
+        } else if part.entries.len() > 1 {
+            let rest = part.entries.split_off(part.entries.len() / 2);
+            let marks = std::mem::take(&mut part.marks);
+            let second = Batch { entries: rest, marks, recorded_at: part.recorded_at };
+            parts.push(Cow::Owned(second));
+            parts.push(Cow::Owned(part));
+        } else {
+            return Err(StoreError::fatal(format_args!("the database refuses a mark: {reason}")));
         }
     }
     Ok(receipts)
 }
 
-fn refused(event: Event, reason: &str) -> Quarantined {
-    Quarantined { reason: format!("refused by the store: {reason}"), message: event.into_message() }
+/// The entries that are refused on their own, with the reason. Marks are left out.
+async fn find_refused<A: AttemptAppend + ?Sized>(
+    store: &A,
+    batch: &Batch,
+) -> Result<Vec<(usize, String)>, StoreError> {
+    let mut refused = Vec::new();
+    let mut ranges: Vec<_> = std::iter::once(0..batch.entries.len()).collect();
+    while let Some(range) = ranges.pop() {
+        if range.is_empty() {
+            continue;
+        }
+        let part = Batch {
+            entries: batch.entries[range.clone()].to_vec(),
+            marks: Vec::new(),
+            recorded_at: batch.recorded_at,
+        };
+        match store.probe(&part).await {
+            Ok(()) => {}
+            Err(AttemptError::Store(error)) => return Err(error),
+            Err(AttemptError::Refused(reason)) if range.len() == 1 => {
+                refused.push((range.start, reason));
+            }
+            Err(AttemptError::Refused(_)) => {
+                let middle = range.start + range.len() / 2;
+                ranges.push(middle..range.end);
+                ranges.push(range.start..middle);
+            }
+        }
+    }
+    Ok(refused)
+}
+
+/// What goes into quarantine in place of an entry that is refused.
+fn refused_entry(entry: &Entry, reason: &str) -> Result<Quarantined, StoreError> {
+    match entry {
+        Entry::Event(event) => Ok(Quarantined {
+            reason: format!("refused by the store: {reason}"),
+            message: event.clone().into_message(),
+        }),
+        // Even as quarantine it is refused. Bytes and reason always fit; headers may not.
+        Entry::Quarantine(held) if !held.message.headers.is_empty() => Ok(Quarantined {
+            reason: format!(
+                "{}; its headers are left out, as the store refuses them: {reason}",
+                held.reason
+            ),
+            message: crate::event::Message {
+                headers: Headers::new(),
+                body: held.message.body.clone(),
+                origin: held.message.origin.clone(),
+            },
+        }),
+        Entry::Quarantine(_) => Err(StoreError::fatal(format_args!(
+            "the database refuses a quarantine entry: {reason}"
+        ))),
+    }
 }
 
 /// How one attempt at an append failed; see [`append_isolating`].

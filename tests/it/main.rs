@@ -1,1 +1,32 @@
-fn main() {}
+//! Every test that needs more than one module: one binary, so that the drivers link once.
+
+#![cfg_attr(
+    test,
+    allow(
+        non_snake_case,
+        unreachable_pub,
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::print_stderr,
+        reason = "these are tests; their names begin with the promise they hold"
+    )
+)]
+
+mod amqp;
+mod bad_input;
+mod cli;
+#[path = "../conformance/mod.rs"]
+mod conformance;
+#[path = "../corpus/mod.rs"]
+mod corpus;
+mod direction;
+mod dispatch;
+mod e2e;
+mod http;
+mod ingress;
+mod memory;
+mod nats;
+mod readme;
+mod store;
+mod support;

@@ -1,0 +1,159 @@
+//! The HTTP server: ingest, the log, how everything is (DESIGN section 10).
+//!
+//! Errors are `application/problem+json` (RFC 9457). What a client can make the server hold is
+//! bounded: connections, request bodies, time.
+
+mod access;
+mod events;
+mod front;
+mod handlers;
+mod ingest;
+mod listener;
+mod problem;
+mod search;
+mod status;
+mod stream;
+mod view;
+
+use std::{collections::BTreeMap, io, net::SocketAddr, sync::Arc, time::Duration};
+
+use axum::{
+    Router, middleware,
+    routing::{get, post},
+};
+use tokio::{net::TcpListener, sync::Semaphore};
+use tokio_util::sync::CancellationToken;
+use tower_http::catch_panic::CatchPanicLayer;
+
+use self::listener::Limited;
+use crate::{
+    bus::EventBus, handler::search::SearchHandler, secret::Secret, transport::http::HttpIngress,
+};
+
+pub use front::Front;
+pub use problem::Problem;
+
+/// Bounds and access of the server.
+#[derive(Debug, Clone)]
+pub struct ApiOptions {
+    /// Address and port.
+    pub listen: SocketAddr,
+    /// What clients present as `Authorization: Bearer`; `None`: nothing, and then only requests
+    /// addressed to this machine by name are served.
+    pub token: Option<Secret>,
+    /// Largest request body, in bytes.
+    pub max_body: usize,
+    /// Bodies read and not answered yet, in bytes over all requests; more wait.
+    pub body_bytes: usize,
+    /// How long a body may wait for its turn, may take to arrive, and a commit to happen: each.
+    pub timeout: Duration,
+    /// Connections at most; more wait to be accepted.
+    pub max_connections: usize,
+}
+
+impl ApiOptions {
+    fn body_permits(&self) -> usize {
+        self.body_bytes.clamp(1, Semaphore::MAX_PERMITS)
+    }
+
+    /// How long a connection may be silent, or a request take until its answer begins: longer
+    /// than the three timeouts of a request together, and than an event stream is silent.
+    fn patience(&self) -> Duration {
+        self.timeout.saturating_mul(4).max(Duration::from_secs(60))
+    }
+}
+
+/// What the server shows.
+pub struct Api {
+    /// The bus.
+    pub bus: EventBus,
+    /// Where posted events go; `None`: nowhere.
+    pub ingress: Option<HttpIngress>,
+    /// The search indexes by handler name.
+    pub searches: BTreeMap<Arc<str>, Arc<SearchHandler>>,
+    /// Bounds and access.
+    pub options: ApiOptions,
+}
+
+struct State {
+    api: Api,
+    /// Event streams at once.
+    streams: Arc<Semaphore>,
+    /// What bodies being read, or read and not answered, may hold.
+    bodies: Arc<Semaphore>,
+    /// Ends event streams when the server drains.
+    stop: CancellationToken,
+}
+
+type Shared = axum::extract::State<Arc<State>>;
+
+/// Event streams at once, at most.
+const MAX_STREAMS: usize = 64;
+
+/// Why the server could not be started.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot listen on {listen}; is another pulsebus running? Change http.listen")]
+pub struct ListenError {
+    listen: SocketAddr,
+    source: io::Error,
+}
+
+/// Takes the port.
+///
+/// # Errors
+/// Where it is taken, or the address is not this machine's.
+pub async fn listen(listen: SocketAddr) -> Result<TcpListener, ListenError> {
+    TcpListener::bind(listen).await.map_err(|source| ListenError { listen, source })
+}
+
+impl Api {
+    /// Serves until drained. Cancelling `stop` drains: nothing more is accepted, event streams
+    /// end, and what was begun is answered.
+    ///
+    /// # Errors
+    /// Where the listener fails for good.
+    pub async fn serve(self, listener: TcpListener, stop: CancellationToken) -> io::Result<()> {
+        let options = self.options.clone();
+        serve(listener, self.router(stop.clone()), &options, stop).await
+    }
+
+    fn router(self, stop: CancellationToken) -> Router {
+        let streams = Arc::new(Semaphore::new(MAX_STREAMS));
+        let bodies = Arc::new(Semaphore::new(self.options.body_permits()));
+        let state = Arc::new(State { api: self, streams, bodies, stop });
+        let guarded = Router::new()
+            .route("/v1/events", post(ingest::append).get(events::list))
+            .route("/v1/events/stream", get(stream::stream))
+            .route("/v1/events/{position}", get(events::one))
+            .route("/v1/sources", get(status::sources))
+            .route("/v1/handlers", get(handlers::list))
+            .route("/v1/handlers/{name}", get(handlers::one))
+            .route("/v1/handlers/{name}/pause", post(handlers::pause))
+            .route("/v1/handlers/{name}/resume", post(handlers::resume))
+            .route("/v1/dead-letters", get(handlers::dead_letters))
+            .route("/v1/quarantine", get(status::quarantine))
+            .route("/v1/search/{handler}", get(search::search))
+            .route("/metrics", get(status::metrics))
+            .layer(middleware::from_fn_with_state(Arc::clone(&state), access::check));
+        Router::new()
+            .merge(guarded)
+            .route("/healthz", get(status::healthz))
+            .route("/readyz", get(status::readyz))
+            .fallback(problem::not_found)
+            .method_not_allowed_fallback(problem::method_not_allowed)
+            .layer(CatchPanicLayer::custom(problem::panicked))
+            .with_state(state)
+    }
+}
+
+async fn serve(
+    listener: TcpListener,
+    router: Router,
+    options: &ApiOptions,
+    stop: CancellationToken,
+) -> io::Result<()> {
+    let listener = Limited::new(listener, options.max_connections, options.patience());
+    axum::serve(listener, router)
+        .with_graceful_shutdown(async move { stop.cancelled().await })
+        .await
+}

@@ -1,0 +1,134 @@
+//! `/healthz`, `/readyz`, `/metrics`, `/v1/sources`, `/v1/quarantine`.
+
+use axum::{
+    Json,
+    extract::{Query, State as Extract, rejection::QueryRejection},
+    http::{HeaderMap, StatusCode, Uri, header},
+    response::IntoResponse,
+};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    Problem, Shared, access,
+    events::{page_size, params},
+    view::rfc3339,
+};
+use crate::{
+    bus::{Component, Health},
+    event::{Headers, Origin},
+};
+
+/// The process runs. Says nothing about brokers or the store.
+pub(super) async fn healthz() -> &'static str {
+    "ok\n"
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct Readiness {
+    ready: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    components: Option<Vec<Component>>,
+}
+
+/// 200 while events can come in and nothing needs a person; 503 otherwise. How each part is and
+/// why, with names and addresses in it, only those learn who may ask for the rest as well.
+pub(super) async fn readyz(
+    Extract(state): Shared,
+    headers: HeaderMap,
+    uri: Uri,
+) -> (StatusCode, Json<Readiness>) {
+    let allowed = access::allowed(&state.api.options, &headers, &uri).is_ok();
+    readiness(state.api.bus.components(), allowed)
+}
+
+pub(super) fn readiness(
+    components: Vec<Component>,
+    in_detail: bool,
+) -> (StatusCode, Json<Readiness>) {
+    let ready = components.iter().all(|component| component.health != Health::NotReady);
+    let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (status, Json(Readiness { ready, components: in_detail.then_some(components) }))
+}
+
+pub(super) async fn metrics(Extract(state): Shared) -> impl IntoResponse {
+    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    ([(header::CONTENT_TYPE, kind)], state.api.bus.metrics_text())
+}
+
+#[derive(Debug, Serialize)]
+struct SourceView {
+    name: String,
+    transport: &'static str,
+    state: &'static str,
+    received: u64,
+    reason: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct SourceList {
+    sources: Vec<SourceView>,
+}
+
+pub(super) async fn sources(Extract(state): Shared) -> Json<SourceList> {
+    let sources = state
+        .api
+        .bus
+        .sources()
+        .into_iter()
+        .map(|source| SourceView {
+            name: source.name.to_string(),
+            transport: source.transport,
+            state: source.state.as_str(),
+            received: source.received,
+            reason: source.state.reason().map(str::to_owned),
+        })
+        .collect();
+    Json(SourceList { sources })
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Params {
+    after: Option<u64>,
+    limit: Option<usize>,
+}
+
+#[derive(Debug, Serialize)]
+struct QuarantineView {
+    number: u64,
+    source: String,
+    received_at: String,
+    reason: String,
+    origin: Origin,
+    headers: Headers,
+    size: u64,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct QuarantinePage {
+    quarantine: Vec<QuarantineView>,
+    next: Option<u64>,
+}
+
+pub(super) async fn quarantine(
+    Extract(state): Shared,
+    query: Result<Query<Params>, QueryRejection>,
+) -> Result<Json<QuarantinePage>, Problem> {
+    let params = params(query)?;
+    let limit = page_size(params.limit)?;
+    let entries = state.api.bus.store().quarantine(params.after.unwrap_or(0), limit).await?;
+    let next = entries.last().map(|entry| entry.number).filter(|_| entries.len() == limit);
+    let quarantine = entries
+        .into_iter()
+        .map(|entry| QuarantineView {
+            number: entry.number,
+            source: entry.origin.source.to_string(),
+            received_at: rfc3339(entry.received_at),
+            reason: entry.reason,
+            headers: entry.headers,
+            size: entry.size,
+            origin: entry.origin,
+        })
+        .collect();
+    Ok(Json(QuarantinePage { quarantine, next }))
+}

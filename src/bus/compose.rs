@@ -1,0 +1,460 @@
+//! From checked settings to a running bus: the one place, next to the configuration, that names
+//! concrete transports, stores and handlers.
+
+use std::{
+    collections::BTreeMap,
+    io::ErrorKind,
+    sync::{Arc, Mutex},
+};
+
+use super::{Component, EventBus, Health, lock};
+use crate::{
+    config::{
+        ForwardSettings, HandlerKind, HandlerSettings, INGEST, LogLevel, Settings, SourceSettings,
+        StoreSettings, TransportSettings,
+    },
+    dispatch::{Filter, HandlerOptions},
+    handler::{
+        EventHandler,
+        forward::{ForwardHandler, ForwardOptions},
+        log::LogHandler,
+        search::{SearchError, SearchHandler, SearchOptions},
+    },
+    ingest::{IngestOptions, Source},
+    retry::RetryPolicy,
+    store::{
+        EventStore, LogOptions, StoreError,
+        memory::MemoryStore,
+        postgres::{PostgresOptions, PostgresStore},
+        sqlite::{SqliteOptions, SqliteStore},
+    },
+    transport::{
+        Transport, TransportError,
+        amqp::AmqpTransport,
+        http::{HttpIngress, HttpTransport},
+        memory::{MemoryOptions, MemoryTransport},
+        nats::NatsTransport,
+    },
+};
+
+/// A bus as configured, with what the HTTP server shows beside it.
+pub struct Composed {
+    /// The bus: its sources consume and its handlers run.
+    pub bus: EventBus,
+    /// Where posted events go, if a source takes them.
+    pub ingress: Option<HttpIngress>,
+    /// The search indexes by handler name.
+    pub searches: BTreeMap<Arc<str>, Arc<SearchHandler>>,
+}
+
+/// Why a bus could not be composed.
+#[derive(Debug, thiserror::Error)]
+pub enum ComposeError {
+    /// The store cannot be used.
+    #[error("the event store: {0}")]
+    Store(#[source] StoreError),
+    /// A transport cannot be used as configured.
+    #[error("transport `{name}`: {source}")]
+    Transport {
+        /// Its name.
+        name: Arc<str>,
+        /// Why.
+        source: TransportError,
+    },
+    /// A handler cannot be used as configured.
+    #[error("handler `{name}`: {reason}")]
+    Handler {
+        /// Its name.
+        name: Arc<str>,
+        /// Why, with its causes.
+        reason: String,
+    },
+    /// Opening a handler ended without an answer: a fault in pulsebus.
+    #[error("handler `{name}` was not opened: {reason}")]
+    Cut {
+        /// Its name.
+        name: Arc<str>,
+        /// Why.
+        reason: String,
+    },
+}
+
+impl ComposeError {
+    /// Whether it is the configuration, or what it names, that a person has to change; starting
+    /// again without that ends the same way.
+    #[must_use]
+    pub const fn is_misconfigured(&self) -> bool {
+        matches!(
+            self,
+            Self::Store(StoreError::Misconfigured(_))
+                | Self::Transport { source: TransportError::Misconfigured(_), .. }
+                | Self::Handler { .. }
+        )
+    }
+}
+
+/// What composing a bus waits for, for whoever asks in the meantime. Clones are the same.
+#[derive(Debug, Clone)]
+pub struct Starting(Arc<Mutex<Component>>);
+
+impl Default for Starting {
+    fn default() -> Self {
+        Self(Arc::new(Mutex::new(Component {
+            component: "bus".to_owned(),
+            health: Health::NotReady,
+            state: "starting",
+            reason: None,
+        })))
+    }
+}
+
+/// Composes and starts a bus, like [`Starting::compose`].
+///
+/// # Errors
+/// See [`ComposeError`].
+pub async fn compose(settings: &Settings) -> Result<Composed, ComposeError> {
+    Starting::default().compose(settings).await
+}
+
+impl Starting {
+    /// The part that is waited for, as `/readyz` shows it; never ready.
+    #[must_use]
+    pub fn component(&self) -> Component {
+        lock(&self.0).clone()
+    }
+
+    pub(crate) fn waits_for(&self, component: &str, reason: String) {
+        let (health, component) = (Health::NotReady, component.to_owned());
+        let waiting = Component { component, health, state: "waiting", reason: Some(reason) };
+        *lock(&self.0) = waiting;
+    }
+
+    /// Composes and starts a bus. Waits for a store that is away and for an index that the
+    /// machine does not let it open, and says so.
+    ///
+    /// *Cancel safe*: what was started ends when the future is dropped.
+    ///
+    /// # Errors
+    /// See [`ComposeError`]; brokers that are away are no error, their sources wait for them.
+    pub async fn compose(&self, settings: &Settings) -> Result<Composed, ComposeError> {
+        compose_bus(settings, self).await
+    }
+
+    /// Tries until it works, or cannot.
+    async fn patiently<T, F>(
+        &self,
+        component: &str,
+        mut attempt: impl FnMut() -> F,
+    ) -> Result<T, ComposeError>
+    where
+        F: Future<Output = Result<T, Trouble>>,
+    {
+        let mut delays = RetryPolicy::reconnect().start();
+        let mut said = None;
+        loop {
+            let reason = match attempt().await {
+                Ok(done) => {
+                    *lock(&self.0) = Self::default().component();
+                    return Ok(done);
+                }
+                Err(Trouble::Lasting(error)) => return Err(error),
+                Err(Trouble::Passing(reason)) => reason,
+            };
+            self.waits_for(component, reason.clone());
+            if said.as_ref() != Some(&reason) {
+                tracing::warn!(%reason, "waiting for {component}");
+                said = Some(reason);
+            }
+            tokio::time::sleep(delays.next_delay()).await;
+        }
+    }
+}
+
+/// Why something could not be opened.
+enum Trouble {
+    /// It may work later.
+    Passing(String),
+    Lasting(ComposeError),
+}
+
+impl From<StoreError> for Trouble {
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::Unavailable(reason) => Self::Passing(reason.to_string()),
+            error @ (StoreError::Fatal(_) | StoreError::Misconfigured(_)) => {
+                Self::Lasting(ComposeError::Store(error))
+            }
+        }
+    }
+}
+
+async fn compose_bus(settings: &Settings, starting: &Starting) -> Result<Composed, ComposeError> {
+    let store = starting.patiently("store", || open_store(settings)).await?;
+    let log = LogOptions { tail_bytes: settings.limits.tail_bytes, ..LogOptions::default() };
+    let bus = starting
+        .patiently("store", || async {
+            let builder = EventBus::builder()
+                .shared_store(Arc::clone(&store))
+                .log_options(log.clone())
+                .max_event_bytes(settings.limits.max_event_bytes);
+            Ok(builder.build().await?)
+        })
+        .await?;
+
+    let http = HttpTransport::new(settings.limits.ingest_bytes);
+    let ingress = http.ingress();
+    let mut transports: BTreeMap<Arc<str>, Arc<dyn Transport>> = BTreeMap::new();
+    transports.insert(INGEST.into(), Arc::new(http));
+    for (name, transport) in &settings.transports {
+        if let Some(transport) = open_transport(name, transport)? {
+            transports.insert(Arc::clone(name), transport);
+        }
+    }
+
+    // Handlers before sources: what comes in finds them running.
+    let mut searches = BTreeMap::new();
+    for (name, handler) in &settings.handlers {
+        let handle: Arc<dyn EventHandler> = match &handler.kind {
+            HandlerKind::Search(options) => {
+                let component = format!("handler:{name}");
+                let search =
+                    starting.patiently(&component, || open_search(name, options.clone())).await?;
+                let search = Arc::new(search);
+                searches.insert(Arc::clone(name), Arc::clone(&search));
+                search
+            }
+            HandlerKind::Forward(forward) => open_forward(name, forward, &transports).await?,
+            HandlerKind::Log { level } => Arc::new(LogHandler::new(&**name, level_of(*level))),
+        };
+        let options = handler_options(name, handler)?;
+        // Nothing else registers handlers while composing, and the bus is not draining.
+        if bus.register_handler_with(handle, options).await.is_err() {
+            break;
+        }
+    }
+    bus.start_worker_pool(DEFAULT_WORKERS);
+
+    let sources = settings.sources.len().max(1);
+    let mut takes_http = false;
+    for (name, source) in &settings.sources {
+        if let Some(transport) = transports.get(&source.transport) {
+            takes_http |= *source.transport == *INGEST;
+            bus.add_source(source_of(name, source, transport, settings, sources));
+        }
+    }
+    Ok(Composed { bus, ingress: takes_http.then_some(ingress), searches })
+}
+
+const DEFAULT_WORKERS: usize = 4;
+
+async fn open_store(settings: &Settings) -> Result<Arc<dyn EventStore>, Trouble> {
+    Ok(match &settings.store {
+        StoreSettings::Memory => Arc::new(MemoryStore::new()),
+        StoreSettings::Sqlite { path } => {
+            Arc::new(SqliteStore::open(SqliteOptions::new(path)).await?)
+        }
+        StoreSettings::Postgres { url, max_connections } => {
+            let options = PostgresOptions {
+                max_connections: *max_connections,
+                ..PostgresOptions::new(url.clone())
+            };
+            Arc::new(PostgresStore::connect(options).await?)
+        }
+    })
+}
+
+async fn open_search(name: &Arc<str>, options: SearchOptions) -> Result<SearchHandler, Trouble> {
+    let owned = name.to_string();
+    // Opening reads the index as a whole.
+    let opened = tokio::task::spawn_blocking(move || SearchHandler::open(owned, options)).await;
+    match opened {
+        Ok(Ok(search)) => Ok(search),
+        Ok(Err(error)) if is_machine_fault(&error) => Err(Trouble::Passing(with_causes(&error))),
+        Ok(Err(error)) => Err(Trouble::Lasting(handler_error(name, &error))),
+        Err(error) => Err(Trouble::Lasting(ComposeError::Cut {
+            name: Arc::clone(name),
+            reason: error.to_string(),
+        })),
+    }
+}
+
+/// Whether opening an index may work later without a change to the configuration: a full disk,
+/// an I/O error, no memory for a thread, a predecessor that is still draining (no two handlers
+/// of a configuration share a folder).
+fn is_machine_fault(error: &SearchError) -> bool {
+    match error {
+        SearchError::Open { .. } | SearchError::Thread { .. } | SearchError::Locked { .. } => true,
+        SearchError::Folder { source, .. } => !matches!(
+            source.kind(),
+            ErrorKind::PermissionDenied
+                | ErrorKind::ReadOnlyFilesystem
+                | ErrorKind::NotADirectory
+                | ErrorKind::AlreadyExists
+                | ErrorKind::InvalidInput
+                | ErrorKind::InvalidFilename
+        ),
+        _ => false,
+    }
+}
+
+/// Opens a transport of the configuration; `None` for one that cannot be used by itself.
+///
+/// # Errors
+/// Where it cannot be used as configured. Nothing is connected yet.
+pub fn open_transport(
+    name: &Arc<str>,
+    transport: &TransportSettings,
+) -> Result<Option<Arc<dyn Transport>>, ComposeError> {
+    let refuse = |source| ComposeError::Transport { name: Arc::clone(name), source };
+    Ok(match transport {
+        TransportSettings::Nats(options) => Some(Arc::new(NatsTransport::new(options.clone()))),
+        TransportSettings::Amqp(options) => {
+            Some(Arc::new(AmqpTransport::new(options.clone()).map_err(refuse)?))
+        }
+        TransportSettings::Memory => Some(Arc::new(MemoryTransport::new(MemoryOptions::default()))),
+        // `check` refuses whatever would publish to one in this version.
+        TransportSettings::Http(_) => None,
+    })
+}
+
+async fn open_forward(
+    name: &Arc<str>,
+    forward: &ForwardSettings,
+    transports: &BTreeMap<Arc<str>, Arc<dyn Transport>>,
+) -> Result<Arc<dyn EventHandler>, ComposeError> {
+    let transport = transports.get(&forward.transport).ok_or_else(|| ComposeError::Handler {
+        name: Arc::clone(name),
+        reason: format!("there is no transport `{}`", forward.transport),
+    })?;
+    let publisher = transport.publisher().await.map_err(|source| ComposeError::Transport {
+        name: Arc::clone(&forward.transport),
+        source,
+    })?;
+    let options = ForwardOptions {
+        exchange: forward.exchange.clone(),
+        ..ForwardOptions::new(transport.kind(), &*forward.address)
+    };
+    let handler = ForwardHandler::new(&**name, publisher.into(), options)
+        .map_err(|error| handler_error(name, &error))?;
+    Ok(Arc::new(handler))
+}
+
+fn handler_options(
+    name: &Arc<str>,
+    settings: &HandlerSettings,
+) -> Result<HandlerOptions, ComposeError> {
+    let retry = &settings.retry;
+    let retry =
+        RetryPolicy::new(retry.attempts, retry.initial, retry.max, retry.multiplier, retry.jitter)
+            .map_err(|error| handler_error(name, &error))?;
+    let mut checkpoint_interval = settings.checkpoint.interval;
+    if let HandlerKind::Search(options) = &settings.kind {
+        checkpoint_interval = checkpoint_interval.min(options.commit_interval);
+    }
+    Ok(HandlerOptions {
+        events: Filter::new(&settings.events).map_err(|error| handler_error(name, &error))?,
+        start: settings.start,
+        workers: Some(settings.workers),
+        ordering: settings.ordering,
+        timeout: settings.timeout,
+        retry,
+        on_dead: Some(settings.on_dead),
+        window: settings.window.events,
+        window_bytes: settings.window.bytes,
+        checkpoint_interval,
+        checkpoint_events: settings.checkpoint.events as u64,
+    })
+}
+
+fn source_of(
+    name: &Arc<str>,
+    source: &SourceSettings,
+    transport: &Arc<dyn Transport>,
+    settings: &Settings,
+    sources: usize,
+) -> Source {
+    Source {
+        name: Arc::clone(name),
+        transport: Arc::clone(transport),
+        params: source.params.clone(),
+        competing: source.competing,
+        decoder: source.decoder.clone(),
+        options: IngestOptions {
+            // The bound is over all sources; one event always fits.
+            max_held_bytes: (settings.limits.ingest_bytes / sources)
+                .max(settings.limits.max_event_bytes),
+            ..IngestOptions::default()
+        },
+    }
+}
+
+fn handler_error(name: &Arc<str>, error: &dyn std::error::Error) -> ComposeError {
+    ComposeError::Handler { name: Arc::clone(name), reason: with_causes(error) }
+}
+
+fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut reason = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        reason.push_str(": ");
+        reason.push_str(&inner.to_string());
+        cause = inner.source();
+    }
+    reason
+}
+
+const fn level_of(level: LogLevel) -> tracing::Level {
+    match level {
+        LogLevel::Error => tracing::Level::ERROR,
+        LogLevel::Warn => tracing::Level::WARN,
+        LogLevel::Info => tracing::Level::INFO,
+        LogLevel::Debug => tracing::Level::DEBUG,
+        LogLevel::Trace => tracing::Level::TRACE,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn G8_a_start_waits_out_what_passes_and_says_what_it_waits_for() {
+        let starting = Starting::default();
+        let mut tries = 0;
+        let opened = starting.patiently("handler:search", || {
+            tries += 1;
+            let full = tries < 4;
+            let shown = starting.component();
+            assert_eq!(shown.health, Health::NotReady);
+            assert_eq!(shown.reason.is_some(), tries > 1, "{shown:?}");
+            async move {
+                if full { Err(Trouble::Passing("no space left".to_owned())) } else { Ok("open") }
+            }
+        });
+        assert_eq!(opened.await.unwrap(), "open");
+        assert_eq!(tries, 4);
+        assert_eq!(starting.component().reason, None);
+    }
+
+    #[test]
+    fn a_fault_of_the_machine_is_no_misconfiguration() {
+        let folder = |kind: ErrorKind| SearchError::Folder {
+            path: "index".into(),
+            source: io::Error::from(kind),
+        };
+        assert!(is_machine_fault(&folder(ErrorKind::StorageFull)));
+        assert!(is_machine_fault(&folder(ErrorKind::Other)));
+        assert!(is_machine_fault(&SearchError::Open {
+            path: "index".into(),
+            source: io::Error::from(ErrorKind::StorageFull).into(),
+        }));
+        assert!(!is_machine_fault(&folder(ErrorKind::PermissionDenied)));
+        assert!(!is_machine_fault(&SearchError::WriterMemory { bytes: 1 }));
+        assert!(!ComposeError::Store(StoreError::fatal("damaged")).is_misconfigured());
+        assert!(ComposeError::Store(StoreError::misconfigured("no database")).is_misconfigured());
+        let away = TransportError::Unavailable("away".to_owned());
+        assert!(!ComposeError::Transport { name: "x".into(), source: away }.is_misconfigured());
+    }
+}

@@ -1,0 +1,454 @@
+//! The bus: a log, what flows into it, and what is done with it.
+//!
+//! [`EventBus`] is the library's front door; the daemon composes one from its configuration.
+//! Nothing is dropped when somebody is slow: an emit resolves when its event is committed, and
+//! every handler reads the log at its own pace.
+
+mod builder;
+mod compose;
+mod handlers;
+mod health;
+
+pub use builder::EventBusBuilder;
+pub use compose::{ComposeError, Composed, Starting, compose, open_transport};
+pub use health::{Component, Health, SourceSnapshot};
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use self::handlers::Registered;
+use crate::{
+    dispatch::{HandlerOptions, HandlerStatus},
+    event::{Decoder, DecoderOptions, Message, NewEvent, NewEventError, Origin, Position},
+    handler::EventHandler,
+    ingest::{self, Source},
+    store::{Append, Entry, EventStore, Log, LogHealth, StoreError},
+    telemetry::Metrics,
+    transport::{Receipt, Reporter},
+};
+
+/// An event bus over a durable log. Cheap to clone; clones are the same bus.
+///
+/// ```
+/// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+/// use pulsebus::{bus::EventBus, event::{DomainEvent, NewEvent}, store::memory::MemoryStore};
+///
+/// let bus = EventBus::builder().store(MemoryStore::new()).build().await?;
+/// bus.start_worker_pool(4);
+/// let receipt = bus.emit(NewEvent::new("LessonRemoved", &serde_json::json!({"lesson_id": 7}))?).await?;
+/// assert_eq!(receipt.position.0, 1);
+/// bus.drain(std::time::Duration::from_secs(5)).await?;
+/// # Ok(()) }
+/// # tokio::runtime::Runtime::new().unwrap().block_on(example()).unwrap();
+/// ```
+#[derive(Clone)]
+pub struct EventBus {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    log: Arc<Log>,
+    metrics: Metrics,
+    max_event_bytes: usize,
+    sources: Mutex<BTreeMap<Arc<str>, RunningSource>>,
+    handlers: Mutex<BTreeMap<Arc<str>, Registered>>,
+    /// Workers a handler has by default, once the pool is started.
+    pool: Mutex<Option<usize>>,
+    /// One registration at a time, so that replacing a handler cannot race with itself.
+    registering: tokio::sync::Mutex<()>,
+    source_tasks: TaskTracker,
+    handler_tasks: TaskTracker,
+    log_tasks: TaskTracker,
+    stop_sources: CancellationToken,
+    stop_handlers: CancellationToken,
+    stop_log: CancellationToken,
+    /// Ends everything at once, when a drain's deadline has passed.
+    abort: CancellationToken,
+}
+
+struct RunningSource {
+    transport: &'static str,
+    reporter: Reporter,
+}
+
+/// What an emitted event has become.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Emitted {
+    /// Its position, or that of the event it is a copy of.
+    pub position: Position,
+    /// Whether it was in the log already.
+    pub duplicate: bool,
+}
+
+/// Why an event was not emitted.
+#[derive(Debug, thiserror::Error)]
+pub enum EmitError {
+    /// It cannot be written as JSON.
+    #[error("the event has no JSON form")]
+    Unwritable(#[from] NewEventError),
+    /// It is no event, or conflicts with one; it is in quarantine under this number.
+    #[error("not an event, in quarantine as number {number}: {reason}")]
+    Quarantined {
+        /// Its number in quarantine.
+        number: u64,
+        /// Why.
+        reason: Arc<str>,
+    },
+    /// The bus is draining, or its store has failed. The event may be committed or not: emit
+    /// it again, with the same id, to the bus that takes over.
+    #[error("the bus is closed")]
+    Closed,
+}
+
+impl From<std::convert::Infallible> for EmitError {
+    fn from(never: std::convert::Infallible) -> Self {
+        match never {}
+    }
+}
+
+/// Why a handler was not registered, paused or resumed.
+#[derive(Debug, thiserror::Error)]
+pub enum HandlerAccessError {
+    /// No handler of that name.
+    #[error("no handler is called `{0}`")]
+    Unknown(Box<str>),
+    /// The bus is draining.
+    #[error("the bus is closed")]
+    Closed,
+}
+
+/// A drain that did not end in time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("not everything ended within {0:?}; what was cut off comes again")]
+pub struct DrainDeadline(pub Duration);
+
+impl EventBus {
+    /// Starts to build a bus.
+    #[must_use]
+    pub fn builder() -> EventBusBuilder {
+        EventBusBuilder::default()
+    }
+
+    async fn open(builder: EventBusBuilder) -> Result<Self, StoreError> {
+        let EventBusBuilder { store, log, metrics, max_event_bytes } = builder;
+        let store: Arc<dyn EventStore> = match store {
+            Some(store) => store,
+            None => Arc::new(crate::store::memory::MemoryStore::new()),
+        };
+        let log_tasks = TaskTracker::new();
+        let stop_log = CancellationToken::new();
+        let log = Log::open(store, log, metrics.clone(), &log_tasks, stop_log.clone()).await?;
+        Ok(Self {
+            inner: Arc::new(Inner {
+                log,
+                metrics,
+                max_event_bytes,
+                sources: Mutex::default(),
+                handlers: Mutex::default(),
+                pool: Mutex::default(),
+                registering: tokio::sync::Mutex::default(),
+                source_tasks: TaskTracker::new(),
+                handler_tasks: TaskTracker::new(),
+                log_tasks,
+                stop_sources: CancellationToken::new(),
+                stop_handlers: CancellationToken::new(),
+                stop_log,
+                abort: CancellationToken::new(),
+            }),
+        })
+    }
+
+    /// The store under the log: read it back, typed, with
+    /// [`stream_all`](../store/trait.EventStore.html#method.stream_all).
+    #[must_use]
+    pub fn store(&self) -> &Arc<dyn EventStore> {
+        self.inner.log.store()
+    }
+
+    /// The log.
+    #[must_use]
+    pub fn log(&self) -> &Arc<Log> {
+        &self.inner.log
+    }
+
+    /// The bus's metrics.
+    #[must_use]
+    pub fn metrics(&self) -> &Metrics {
+        &self.inner.metrics
+    }
+
+    /// Emits an event: resolves when it is committed (G1), or known to be a copy (G2).
+    ///
+    /// While the store is away this waits; give it a timeout if you would rather try again
+    /// later, with the same [`NewEvent`], whose id makes a second copy a duplicate.
+    ///
+    /// # Errors
+    /// [`EmitError::Unwritable`] where it has no JSON, [`EmitError::Quarantined`] where that is
+    /// no event; [`EmitError::Closed`].
+    pub async fn emit<E>(&self, event: E) -> Result<Emitted, EmitError>
+    where
+        E: TryInto<NewEvent, Error: Into<EmitError>>,
+    {
+        let mut message = event.try_into().map_err(Into::into)?.into_message();
+        message.origin =
+            Origin { source: "emit".into(), transport: "memory".into(), ..Origin::default() };
+        let receipts = self.append(vec![message]).await?;
+        match receipts.into_iter().next() {
+            Some(Receipt::Stored(position)) => Ok(Emitted { position, duplicate: false }),
+            Some(Receipt::Duplicate(position)) => Ok(Emitted { position, duplicate: true }),
+            Some(Receipt::Quarantined { number, reason }) => {
+                Err(EmitError::Quarantined { number, reason })
+            }
+            None => Err(EmitError::Closed),
+        }
+    }
+
+    /// Appends messages as they would come from a source; one receipt each, in order.
+    ///
+    /// # Errors
+    /// [`EmitError::Closed`].
+    pub async fn append(&self, messages: Vec<Message>) -> Result<Vec<Receipt>, EmitError> {
+        let mut decoder = Decoder::new(DecoderOptions {
+            max_event_bytes: self.inner.max_event_bytes,
+            ..DecoderOptions::default()
+        });
+        let entries = messages
+            .into_iter()
+            .map(|message| match decoder.decode(message) {
+                Ok(event) => Entry::Event(event),
+                Err(not_an_event) => Entry::Quarantine(not_an_event.into()),
+            })
+            .collect();
+        let ticket = self.inner.log.submit(Append { entries, mark: None });
+        ticket.await.map_err(|_| EmitError::Closed)
+    }
+
+    /// Adds a source and starts consuming it. A source of the same name must not be running.
+    pub fn add_source(&self, source: Source) -> Reporter {
+        let inner = &self.inner;
+        let name = Arc::clone(&source.name);
+        let reporter = Reporter::new(Arc::clone(&name));
+        let running =
+            RunningSource { transport: source.transport.kind(), reporter: reporter.clone() };
+        lock(&inner.sources).insert(name, running);
+        let run = ingest::run(
+            source,
+            reporter.clone(),
+            Arc::clone(&inner.log),
+            inner.metrics.clone(),
+            inner.stop_sources.clone(),
+        );
+        let abort = inner.abort.clone();
+        inner.source_tasks.spawn(async move { abort.run_until_cancelled(run).await });
+        reporter
+    }
+
+    /// Registers a handler with the default options; see
+    /// [`register_handler_with`](Self::register_handler_with).
+    ///
+    /// # Errors
+    /// [`HandlerAccessError::Closed`].
+    pub async fn register_handler(
+        &self,
+        handler: impl EventHandler,
+    ) -> Result<Arc<HandlerStatus>, HandlerAccessError> {
+        self.register_handler_with(Arc::new(handler), HandlerOptions::default()).await
+    }
+
+    /// Registers a handler under its name. A handler of that name is replaced: what it is doing
+    /// ends, its cursor is saved, and the new one goes on from there.
+    ///
+    /// It runs once the worker pool is started.
+    ///
+    /// # Errors
+    /// [`HandlerAccessError::Closed`].
+    pub async fn register_handler_with(
+        &self,
+        handler: Arc<dyn EventHandler>,
+        options: HandlerOptions,
+    ) -> Result<Arc<HandlerStatus>, HandlerAccessError> {
+        // On a task of its own: a caller that goes away half way must not leave the name without
+        // a handler, or with two.
+        let bus = self.clone();
+        let replace = async move { bus.replace(handler, options).await };
+        self.inner.handler_tasks.spawn(replace).await.unwrap_or(Err(HandlerAccessError::Closed))
+    }
+
+    async fn replace(
+        &self,
+        handler: Arc<dyn EventHandler>,
+        options: HandlerOptions,
+    ) -> Result<Arc<HandlerStatus>, HandlerAccessError> {
+        let inner = &self.inner;
+        let _one_at_a_time = inner.registering.lock().await;
+        if inner.stop_handlers.is_cancelled() {
+            return Err(HandlerAccessError::Closed);
+        }
+        let name: Arc<str> = handler.name().into();
+        let former = lock(&inner.handlers).get_mut(&name).and_then(Registered::take_running);
+        if let Some(former) = former {
+            former.stop().await;
+        }
+        // Under one lock with the pool, so that a pool that starts now launches it or sees it.
+        let mut handlers = lock(&inner.handlers);
+        let paused = handlers.get(&name).is_some_and(Registered::is_paused);
+        let mut registered = Registered::new(Arc::clone(&name), handler, options, paused);
+        let status = Arc::clone(registered.status());
+        if let Some(workers) = *lock(&inner.pool) {
+            self.launch(&mut registered, workers);
+        }
+        handlers.insert(name, registered);
+        Ok(status)
+    }
+
+    /// Starts the handlers that are registered, and those that will be, with `workers`
+    /// concurrent calls each unless their options say otherwise. A second call changes the
+    /// default for handlers registered later.
+    pub fn start_worker_pool(&self, workers: usize) {
+        let mut handlers = lock(&self.inner.handlers);
+        let first = lock(&self.inner.pool).replace(workers).is_none();
+        if first {
+            for registered in handlers.values_mut() {
+                self.launch(registered, workers);
+            }
+        }
+    }
+
+    fn launch(&self, registered: &mut Registered, workers: usize) {
+        registered.launch(
+            workers,
+            &self.inner.log,
+            &self.inner.metrics,
+            &self.inner.handler_tasks,
+            self.inner.stop_handlers.child_token(),
+            self.inner.abort.clone(),
+        );
+    }
+
+    /// Waits until a handler has finished everything up to a position, flushed, with its cursor
+    /// saved.
+    ///
+    /// # Errors
+    /// [`HandlerAccessError::Unknown`], and [`HandlerAccessError::Closed`] when the bus drains
+    /// before that.
+    pub async fn handled(&self, name: &str, position: Position) -> Result<(), HandlerAccessError> {
+        let reached = async {
+            loop {
+                let mut saved = self.status(name)?.watch_saved();
+                if saved.wait_for(|saved| *saved >= position).await.is_ok() {
+                    return Ok(());
+                }
+                // Replaced: its successor goes on from the same cursor.
+            }
+        };
+        let reached = self.inner.stop_handlers.run_until_cancelled(reached).await;
+        reached.unwrap_or(Err(HandlerAccessError::Closed))
+    }
+
+    /// A handler's state and numbers.
+    ///
+    /// # Errors
+    /// [`HandlerAccessError::Unknown`].
+    pub fn status(&self, name: &str) -> Result<Arc<HandlerStatus>, HandlerAccessError> {
+        lock(&self.inner.handlers)
+            .get(name)
+            .map(|registered| Arc::clone(registered.status()))
+            .ok_or_else(|| HandlerAccessError::Unknown(name.into()))
+    }
+
+    /// Lets a handler end what it is doing and take nothing new.
+    ///
+    /// # Errors
+    /// [`HandlerAccessError::Unknown`].
+    pub fn pause(&self, name: &str) -> Result<(), HandlerAccessError> {
+        self.set_paused(name, true)
+    }
+
+    /// Lets a paused handler go on.
+    ///
+    /// # Errors
+    /// [`HandlerAccessError::Unknown`].
+    pub fn resume(&self, name: &str) -> Result<(), HandlerAccessError> {
+        self.set_paused(name, false)
+    }
+
+    fn set_paused(&self, name: &str, paused: bool) -> Result<(), HandlerAccessError> {
+        lock(&self.inner.handlers)
+            .get(name)
+            .ok_or_else(|| HandlerAccessError::Unknown(name.into()))?
+            .set_paused(paused);
+        Ok(())
+    }
+
+    /// Resolves when the store has failed for good, with the reason; the process should end.
+    pub async fn failed(&self) -> Arc<str> {
+        let mut health = self.inner.log.watch_health();
+        match health.wait_for(|health| matches!(health, LogHealth::Failed(_))).await.as_deref() {
+            Ok(LogHealth::Failed(reason)) => Arc::clone(reason),
+            // The sender lives as long as the log, which this bus holds.
+            _ => std::future::pending().await,
+        }
+    }
+
+    /// Drains: sources stop taking and settle what they hold; handlers end what they are doing
+    /// and checkpoint; the log commits what it was given; the store is closed.
+    ///
+    /// # Errors
+    /// [`DrainDeadline`] when that took longer than `deadline`: the rest is cut off. Nothing is
+    /// lost by that: it was not acked, or its cursor has not moved.
+    pub async fn drain(&self, deadline: Duration) -> Result<(), DrainDeadline> {
+        let inner = &self.inner;
+        let drained = async {
+            inner.stop_sources.cancel();
+            inner.source_tasks.close();
+            // A source that hangs must not cost the handlers their last checkpoint.
+            let sources = tokio::time::timeout(deadline / 2, inner.source_tasks.wait()).await;
+            inner.stop_handlers.cancel();
+            inner.handler_tasks.close();
+            inner.handler_tasks.wait().await;
+            inner.stop_log.cancel();
+            inner.log_tasks.close();
+            inner.log_tasks.wait().await;
+            sources
+        };
+        let result = tokio::time::timeout(deadline, drained).await.and_then(|sources| sources);
+        if result.is_err() {
+            inner.stop_sources.cancel();
+            inner.stop_handlers.cancel();
+            inner.stop_log.cancel();
+            inner.abort.cancel();
+        }
+        let close = tokio::time::timeout(Duration::from_secs(2), inner.log.store().close()).await;
+        match (result, close) {
+            (Ok(()), Ok(())) => Ok(()),
+            (Err(_), _) | (_, Err(_)) => Err(DrainDeadline(deadline)),
+        }
+    }
+}
+
+/// A bus that is dropped without a drain ends at once, as by a crash: nothing is lost, and what
+/// was not acked or checkpointed comes again.
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.abort.cancel();
+        self.stop_sources.cancel();
+        self.stop_handlers.cancel();
+        self.stop_log.cancel();
+    }
+}
+
+impl std::fmt::Debug for EventBus {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("EventBus").field("log", &self.inner.log).finish_non_exhaustive()
+    }
+}
+
+/// Nothing panics while holding one of these locks; if it did, the maps would still be whole.
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

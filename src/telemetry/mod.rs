@@ -1,0 +1,7 @@
+//! Logs and metrics: names of fields and series.
+
+mod logging;
+mod metrics;
+
+pub use logging::{LogFormat, LogSettings, LoggingError, filter, init_logging};
+pub use metrics::{HandlerLabels, Metrics, OutcomeLabels, SourceLabels};

@@ -1,0 +1,4 @@
+//! Conformance suites: each contract, clause by clause, against every implementation.
+
+pub(crate) mod store;
+pub(crate) mod transport;
