@@ -20,10 +20,12 @@ async def main(url, exchange_name, routing_key, kind, count, ledger):
     async def exchange():
         async with lock:
             if "exchange" not in state:
-                connection = await aio_pika.connect(url, timeout=5)
-                channel = await connection.channel(publisher_confirms=True)
+                connection = await asyncio.wait_for(aio_pika.connect(url, timeout=5), 10)
+                channel = await asyncio.wait_for(connection.channel(publisher_confirms=True), 10)
                 state["connection"] = connection
-                state["exchange"] = await channel.get_exchange(exchange_name, ensure=False)
+                state["exchange"] = await asyncio.wait_for(
+                    channel.get_exchange(exchange_name, ensure=False), 10
+                )
             return state["exchange"]
 
     async def publish(event):
@@ -38,14 +40,17 @@ async def main(url, exchange_name, routing_key, kind, count, ledger):
             target = None
             try:
                 target = await exchange()
-                await target.publish(message, f"{routing_key}.{event.course}", timeout=10)
+                # The client's own timeout does not cover a connection that dies meanwhile.
+                await asyncio.wait_for(
+                    target.publish(message, f"{routing_key}.{event.course}", timeout=10), 15
+                )
                 return
             except Exception as error:  # away for a while: the same again, with the same id
                 last = error
                 if target is not None and state.get("exchange") is target:
                     state.pop("exchange")
                     try:
-                        await state.pop("connection").close()
+                        await asyncio.wait_for(state.pop("connection").close(), 2)
                     except Exception:
                         pass
                 await asyncio.sleep(0.1)
@@ -59,7 +64,7 @@ async def main(url, exchange_name, routing_key, kind, count, ledger):
     with open(ledger, "w", encoding="utf-8") as confirmed:
         await asyncio.gather(*(one_key(events, confirmed) for events in by_key(kind, count)))
     if "connection" in state:
-        await state["connection"].close()
+        await asyncio.wait_for(state["connection"].close(), 10)
 
 
 if __name__ == "__main__":
