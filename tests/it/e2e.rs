@@ -421,7 +421,14 @@ struct Publisher {
 impl Publisher {
     /// Waits for its end and reads what was confirmed.
     fn confirmed(mut self) -> Vec<Confirmed> {
-        let status = self.child.wait().unwrap();
+        let deadline = Instant::now() + DEADLINE;
+        let status = loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                break status;
+            }
+            assert!(Instant::now() < deadline, "the publisher does not end: {:?}", self.ledger);
+            std::thread::sleep(Duration::from_millis(50));
+        };
         let log = std::fs::read_to_string(self.ledger.with_extension("log")).unwrap();
         assert!(status.success(), "the publisher failed: {log}");
         std::fs::read_to_string(&self.ledger)
