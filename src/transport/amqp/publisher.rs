@@ -369,11 +369,31 @@ impl Serving {
         None
     }
 
+    /// Why the channel is closed, where this error does not say. A publish may find it closing
+    /// before the messages on it are told why; those are told in a moment.
+    async fn cause(&mut self, error: &lapin::Error) -> Option<lapin::Error> {
+        if code_of(error).is_some() {
+            return None;
+        }
+        let told = async {
+            while let Some((sequence, result)) = self.confirms.next().await {
+                let told = self.take_confirm(sequence, result);
+                if told.as_ref().and_then(code_of).is_some() {
+                    return told;
+                }
+            }
+            None
+        };
+        tokio::time::timeout(LAST_WORDS, told).await.ok().flatten()
+    }
+
     /// The channel is closed. Finds whose fault it was, and publishes the others again on a new
     /// channel: they may have arrived, and their ids tell (P5).
     ///
     /// `Err` where the connection has to be made anew.
     async fn channel_failed(&mut self, error: &lapin::Error) -> Result<(), String> {
+        let cause = self.cause(error).await;
+        let error = cause.as_ref().unwrap_or(error);
         let text = text_of(error);
         self.confirms.clear();
         let code = code_of(error);
@@ -405,6 +425,10 @@ impl Serving {
         Ok(())
     }
 }
+
+/// How long the broker's own words are waited for when the driver says only that a channel is
+/// closing.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 async fn open_channel(link: &Link, timeout: Duration) -> Result<Arc<Channel>, Failure> {
     let channel = step(timeout, link.connection.create_channel()).await?;
