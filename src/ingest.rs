@@ -42,6 +42,7 @@ impl Default for IngestOptions {
 }
 
 /// A source to run.
+#[derive(Clone)]
 pub struct Source {
     /// Its configured name.
     pub name: Arc<str>,

@@ -80,7 +80,7 @@
 //! |---|---|---|
 //! | [`event`] | bytes in, [`event::Event`] out: CloudEvents attributes, identity, key | the body is never changed |
 //! | [`transport`] | where messages come from and go to: NATS, RabbitMQ, HTTP, memory | C1-C11, P1-P6 |
-//! | [`store`] | where the log is kept: SQLite, Postgres, memory; [`store::Log`], its one writer | S1-S12 |
+//! | [`store`] | where the log is kept: SQLite, Postgres, memory; [`store::Log`], its one writer | S1-S11, D1-D8 |
 //! | [`ingest`] | source to log: take, decode, append, commit, then settle | |
 //! | [`handler`] | what is done with events: the trait, `search`, `forward`, `log` | H1-H6 |
 //! | [`dispatch`] | log to handlers: window, lanes, retry, checkpoint | the states of a (handler, event) |
@@ -98,7 +98,7 @@
 //! * A delivery is settled only after the log has committed it (G1).
 //! * An event is in the log once for each `(source, id)` (G2), and positions are 1, 2, 3 …
 //!   without a gap (G3).
-//! * A cursor never passes unfinished work (G6).
+//! * A cursor passes unfinished work only together with a row that says what it waits for (G6).
 //! * Events of one key reach a handler one after the other, in log order (G5).
 //! * Everything that is held is bounded; at the bound the one before it waits, and nothing is
 //!   dropped (G7).

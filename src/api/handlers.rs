@@ -1,25 +1,25 @@
-//! `/v1/handlers`: how they are, pause, resume; `/v1/dead-letters`.
+//! `/v1/handlers`: how they are; pause, resume, rewind.
 
 use axum::{
     Json,
     extract::{
         Path, Query, State as Extract,
-        rejection::{PathRejection, QueryRejection},
+        rejection::{JsonRejection, PathRejection, QueryRejection},
     },
     http::StatusCode,
 };
 use serde::{Deserialize, Serialize};
+use time::OffsetDateTime;
 
 use super::{
     Problem, Shared,
-    events::{page_size, params, segment},
-    view::rfc3339,
+    events::segment,
+    redrives::{By, SOMEBODY},
 };
 use crate::{
-    bus::{EventBus, HandlerAccessError},
+    bus::{EventBus, HandlerAccessError, Rebuilding, RewindTo},
     dispatch::Snapshot,
     event::Position,
-    store::DeadLetter,
 };
 
 /// A handler of `GET /v1/handlers`.
@@ -37,10 +37,19 @@ pub(super) struct HandlerView {
     parked: u64,
     dead: u64,
     reason: Option<String>,
+    /// How far its rebuild is.
+    rebuild: Option<RebuildView>,
+}
+
+#[derive(Debug, Serialize)]
+struct RebuildView {
+    position: Position,
+    head: Position,
 }
 
 impl HandlerView {
-    fn of(snapshot: &Snapshot, head: Position) -> Self {
+    fn of(bus: &EventBus, snapshot: &Snapshot) -> Self {
+        let head = bus.log().head();
         Self {
             lag: head.0.saturating_sub(snapshot.position.0),
             name: snapshot.name.to_string(),
@@ -52,6 +61,9 @@ impl HandlerView {
             parked: snapshot.parked,
             dead: snapshot.dead,
             reason: snapshot.state.reason().map(str::to_owned),
+            rebuild: bus
+                .rebuilding(&snapshot.name)
+                .map(|Rebuilding { position, head }| RebuildView { position, head }),
         }
     }
 }
@@ -63,9 +75,8 @@ pub(super) struct HandlerList {
 
 pub(super) async fn list(Extract(state): Shared) -> Json<HandlerList> {
     let bus = &state.api.bus;
-    let head = bus.log().head();
     let handlers =
-        bus.handlers().into_iter().map(|handler| HandlerView::of(&handler, head)).collect();
+        bus.handlers().into_iter().map(|handler| HandlerView::of(bus, &handler)).collect();
     Json(HandlerList { handlers })
 }
 
@@ -78,95 +89,106 @@ pub(super) async fn one(
 
 fn view(bus: &EventBus, name: &str) -> Result<Json<HandlerView>, Problem> {
     let snapshot = bus.status(name).map_err(problem)?.snapshot();
-    Ok(Json(HandlerView::of(&snapshot, bus.log().head())))
+    Ok(Json(HandlerView::of(bus, &snapshot)))
+}
+
+pub(super) async fn rebuild(
+    Extract(state): Shared,
+    name: Result<Path<String>, PathRejection>,
+    by: Result<Query<By>, QueryRejection>,
+) -> Result<(StatusCode, Json<HandlerView>), Problem> {
+    let (name, by) = (segment(name)?, By::name(by)?);
+    let bus = &state.api.bus;
+    bus.rebuild(&name, &by).await.map_err(conflict)?;
+    Ok((StatusCode::ACCEPTED, view(bus, &name)?))
+}
+
+pub(super) async fn cancel_rebuild(
+    Extract(state): Shared,
+    name: Result<Path<String>, PathRejection>,
+    by: Result<Query<By>, QueryRejection>,
+) -> Result<Json<HandlerView>, Problem> {
+    let (name, by) = (segment(name)?, By::name(by)?);
+    let bus = &state.api.bus;
+    bus.cancel_rebuild(&name, &by).await.map_err(conflict)?;
+    view(bus, &name)
+}
+
+/// What is refused because of how things are, not because of how it was asked for.
+fn conflict(error: HandlerAccessError) -> Problem {
+    match error {
+        HandlerAccessError::Refused(reason) => Problem::new(StatusCode::CONFLICT, reason),
+        error => problem(error),
+    }
 }
 
 pub(super) async fn pause(
     Extract(state): Shared,
     name: Result<Path<String>, PathRejection>,
+    by: Result<Query<By>, QueryRejection>,
 ) -> Result<Json<HandlerView>, Problem> {
-    let name = segment(name)?;
-    state.api.bus.pause(&name).map_err(problem)?;
+    let (name, by) = (segment(name)?, By::name(by)?);
+    state.api.bus.pause(&name, &by).await.map_err(problem)?;
     view(&state.api.bus, &name)
 }
 
 pub(super) async fn resume(
     Extract(state): Shared,
     name: Result<Path<String>, PathRejection>,
+    by: Result<Query<By>, QueryRejection>,
 ) -> Result<Json<HandlerView>, Problem> {
-    let name = segment(name)?;
-    state.api.bus.resume(&name).map_err(problem)?;
+    let (name, by) = (segment(name)?, By::name(by)?);
+    state.api.bus.resume(&name, &by).await.map_err(problem)?;
     view(&state.api.bus, &name)
 }
 
-#[expect(clippy::needless_pass_by_value, reason = "for map_err")]
-fn problem(error: HandlerAccessError) -> Problem {
-    match error {
-        HandlerAccessError::Unknown(_) => Problem::new(StatusCode::NOT_FOUND, error.to_string()),
-        HandlerAccessError::Closed => Problem::unavailable(error.to_string()),
-    }
-}
-
-#[derive(Debug, Default, Deserialize)]
+/// Where a cursor is to be moved.
+#[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Params {
-    handler: Option<String>,
-    after: Option<u64>,
-    limit: Option<usize>,
+pub(super) struct RewindOrder {
+    /// The event there is the next one.
+    position: Option<u64>,
+    /// The first event recorded then or later is the next one.
+    #[serde(default, with = "time::serde::rfc3339::option")]
+    time: Option<OffsetDateTime>,
+    /// Effects outside of pulsebus may happen again.
+    #[serde(default)]
+    allow_side_effects: bool,
+    by: Option<String>,
 }
 
-#[derive(Debug, Serialize)]
-pub(super) struct DeadLetterView {
-    number: u64,
-    handler: String,
-    position: Position,
-    id: String,
-    #[serde(rename = "type")]
-    kind: String,
-    key: String,
-    attempts: u32,
-    first_error: String,
-    last_error: String,
-    first_failed_at: String,
-    last_failed_at: String,
-}
-
-impl From<DeadLetter> for DeadLetterView {
-    fn from(letter: DeadLetter) -> Self {
-        Self {
-            number: letter.number,
-            handler: letter.handler.to_string(),
-            position: letter.position,
-            id: letter.id,
-            kind: letter.kind,
-            key: letter.key,
-            attempts: letter.attempts,
-            first_error: letter.first_error,
-            last_error: letter.last_error,
-            first_failed_at: rfc3339(letter.first_failed_at),
-            last_failed_at: rfc3339(letter.last_failed_at),
-        }
-    }
-}
-
-#[derive(Debug, Serialize)]
-pub(super) struct DeadLetterPage {
-    dead_letters: Vec<DeadLetterView>,
-    next: Option<u64>,
-}
-
-pub(super) async fn dead_letters(
+pub(super) async fn rewind(
     Extract(state): Shared,
-    query: Result<Query<Params>, QueryRejection>,
-) -> Result<Json<DeadLetterPage>, Problem> {
-    let params = params(query)?;
-    let limit = page_size(params.limit)?;
-    let store = state.api.bus.store();
-    let letters =
-        store.dead_letters(params.handler.as_deref(), params.after.unwrap_or(0), limit).await?;
-    let next = letters.last().map(|letter| letter.number).filter(|_| letters.len() == limit);
-    Ok(Json(DeadLetterPage {
-        dead_letters: letters.into_iter().map(DeadLetterView::from).collect(),
-        next,
-    }))
+    name: Result<Path<String>, PathRejection>,
+    order: Result<Json<RewindOrder>, JsonRejection>,
+) -> Result<Json<HandlerView>, Problem> {
+    let name = segment(name)?;
+    let Json(order) = order.map_err(|error| Problem::bad_request(error.body_text()))?;
+    let RewindOrder { position, time, allow_side_effects, by } = order;
+    let to = match (position, time) {
+        (Some(position), None) => RewindTo::Position(Position(position)),
+        (None, Some(time)) => RewindTo::Time(time),
+        _ => return Err(Problem::bad_request("give either a position or a time")),
+    };
+    let by = by.as_deref().unwrap_or(SOMEBODY);
+    let bus = &state.api.bus;
+    let cursor = bus.rewind(&name, to, allow_side_effects, by).await.map_err(problem)?;
+    let Json(mut view) = view(bus, &name)?;
+    // Where it goes on from, whether or not its runner has begun there yet.
+    (view.position, view.lag) = (cursor, bus.log().head().0.saturating_sub(cursor.0));
+    Ok(Json(view))
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "for map_err")]
+pub(super) fn problem(error: HandlerAccessError) -> Problem {
+    let text = error.to_string();
+    match error {
+        HandlerAccessError::Unknown(_) => Problem::new(StatusCode::NOT_FOUND, text),
+        HandlerAccessError::Refused(_) => Problem::bad_request(text),
+        HandlerAccessError::SideEffects(_) => Problem::new(StatusCode::CONFLICT, text),
+        HandlerAccessError::Closed
+        | HandlerAccessError::NotStarted(_)
+        | HandlerAccessError::Elsewhere(_)
+        | HandlerAccessError::Store(_) => Problem::unavailable(text),
+    }
 }

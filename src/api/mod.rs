@@ -4,12 +4,15 @@
 //! bounded: connections, request bodies, time.
 
 mod access;
+mod dead_letters;
 mod events;
 mod front;
 mod handlers;
 mod ingest;
 mod listener;
 mod problem;
+mod quarantine;
+mod redrives;
 mod search;
 mod status;
 mod stream;
@@ -130,8 +133,21 @@ impl Api {
             .route("/v1/handlers/{name}", get(handlers::one))
             .route("/v1/handlers/{name}/pause", post(handlers::pause))
             .route("/v1/handlers/{name}/resume", post(handlers::resume))
-            .route("/v1/dead-letters", get(handlers::dead_letters))
-            .route("/v1/quarantine", get(status::quarantine))
+            .route("/v1/handlers/{name}/rewind", post(handlers::rewind))
+            .route("/v1/handlers/{name}/rebuild", post(handlers::rebuild))
+            .route("/v1/handlers/{name}/rebuild/cancel", post(handlers::cancel_rebuild))
+            .route("/v1/dead-letters", get(dead_letters::list))
+            .route("/v1/dead-letters/retry", post(dead_letters::retry))
+            .route("/v1/dead-letters/discard", post(dead_letters::discard))
+            .route("/v1/dead-letters/{handler}/{position}", get(dead_letters::one))
+            .route("/v1/redrives", get(redrives::list))
+            .route("/v1/redrives/{number}", get(redrives::one))
+            .route("/v1/redrives/{number}/cancel", post(redrives::cancel))
+            .route("/v1/audit", get(redrives::audit))
+            .route("/v1/quarantine", get(quarantine::list))
+            .route("/v1/quarantine/retry", post(quarantine::retry))
+            .route("/v1/quarantine/discard", post(quarantine::discard))
+            .route("/v1/quarantine/{number}", get(quarantine::one))
             .route("/v1/search/{handler}", get(search::search))
             .route("/metrics", get(status::metrics))
             .layer(middleware::from_fn_with_state(Arc::clone(&state), access::check));

@@ -1,22 +1,15 @@
-//! `/healthz`, `/readyz`, `/metrics`, `/v1/sources`, `/v1/quarantine`.
+//! `/healthz`, `/readyz`, `/metrics`, `/v1/sources`.
 
 use axum::{
     Json,
-    extract::{Query, State as Extract, rejection::QueryRejection},
+    extract::State as Extract,
     http::{HeaderMap, StatusCode, Uri, header},
     response::IntoResponse,
 };
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
-use super::{
-    Problem, Shared, access,
-    events::{page_size, params},
-    view::rfc3339,
-};
-use crate::{
-    bus::{Component, Health},
-    event::{Headers, Origin},
-};
+use super::{Shared, access};
+use crate::bus::{Component, Health};
 
 /// The process runs. Says nothing about brokers or the store.
 pub(super) async fn healthz() -> &'static str {
@@ -84,51 +77,4 @@ pub(super) async fn sources(Extract(state): Shared) -> Json<SourceList> {
         })
         .collect();
     Json(SourceList { sources })
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct Params {
-    after: Option<u64>,
-    limit: Option<usize>,
-}
-
-#[derive(Debug, Serialize)]
-struct QuarantineView {
-    number: u64,
-    source: String,
-    received_at: String,
-    reason: String,
-    origin: Origin,
-    headers: Headers,
-    size: u64,
-}
-
-#[derive(Debug, Serialize)]
-pub(super) struct QuarantinePage {
-    quarantine: Vec<QuarantineView>,
-    next: Option<u64>,
-}
-
-pub(super) async fn quarantine(
-    Extract(state): Shared,
-    query: Result<Query<Params>, QueryRejection>,
-) -> Result<Json<QuarantinePage>, Problem> {
-    let params = params(query)?;
-    let limit = page_size(params.limit)?;
-    let entries = state.api.bus.store().quarantine(params.after.unwrap_or(0), limit).await?;
-    let next = entries.last().map(|entry| entry.number).filter(|_| entries.len() == limit);
-    let quarantine = entries
-        .into_iter()
-        .map(|entry| QuarantineView {
-            number: entry.number,
-            source: entry.origin.source.to_string(),
-            received_at: rfc3339(entry.received_at),
-            reason: entry.reason,
-            headers: entry.headers,
-            size: entry.size,
-            origin: entry.origin,
-        })
-        .collect();
-    Ok(Json(QuarantinePage { quarantine, next }))
 }

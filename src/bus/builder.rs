@@ -1,6 +1,6 @@
 //! Building a bus.
 
-use std::sync::Arc;
+use std::{fs::File, sync::Arc, time::Duration};
 
 use super::EventBus;
 use crate::{
@@ -14,6 +14,9 @@ pub struct EventBusBuilder {
     pub(super) log: LogOptions,
     pub(super) metrics: Metrics,
     pub(super) max_event_bytes: usize,
+    pub(super) instance: String,
+    pub(super) instance_lock: Option<Arc<File>>,
+    pub(super) lease: Duration,
 }
 
 impl Default for EventBusBuilder {
@@ -23,6 +26,9 @@ impl Default for EventBusBuilder {
             log: LogOptions::default(),
             metrics: Metrics::default(),
             max_event_bytes: 1 << 20,
+            instance: uuid::Uuid::now_v7().to_string(),
+            instance_lock: None,
+            lease: Duration::from_secs(10),
         }
     }
 }
@@ -59,6 +65,30 @@ impl EventBusBuilder {
     #[must_use]
     pub const fn max_event_bytes(mut self, bytes: usize) -> Self {
         self.max_event_bytes = bytes;
+        self
+    }
+
+    /// What this process calls itself when it claims handlers in a store that others use too.
+    /// One that keeps its name over a restart need not wait for its own claims to end. Default:
+    /// a new name each time. No two processes may share one.
+    #[must_use]
+    pub fn instance(mut self, name: impl Into<String>) -> Self {
+        self.instance = name.into();
+        self
+    }
+
+    /// A locked file that keeps other processes from calling themselves the same; held for as
+    /// long as the bus is.
+    pub(super) fn instance_lock(mut self, lock: Option<Arc<File>>) -> Self {
+        self.instance_lock = lock;
+        self
+    }
+
+    /// How long a handler stays with this process when it is silent, in a store that others use
+    /// too: so soon another one takes over after a crash. Default 10 s.
+    #[must_use]
+    pub const fn lease(mut self, lease: Duration) -> Self {
+        self.lease = lease;
         self
     }
 

@@ -3,19 +3,22 @@
 
 use std::{
     collections::BTreeMap,
-    io::ErrorKind,
+    fs::{self, File},
+    io::{self, ErrorKind, Read as _, Write as _},
+    path::Path,
     sync::{Arc, Mutex},
 };
 
 use super::{Component, EventBus, Health, lock};
 use crate::{
     config::{
-        ForwardSettings, HandlerKind, HandlerSettings, INGEST, LogLevel, Settings, SourceSettings,
-        StoreSettings, TransportSettings,
+        DeadLetterSettings, ForwardSettings, HandlerKind, HandlerSettings, INGEST, LogLevel,
+        Settings, SourceSettings, StoreSettings, TransportSettings,
     },
     dispatch::{Filter, HandlerOptions},
     handler::{
         EventHandler,
+        dead_letter::{DeadLetterDestination, DeadLetterForward},
         forward::{ForwardHandler, ForwardOptions},
         log::LogHandler,
         search::{SearchError, SearchHandler, SearchOptions},
@@ -29,7 +32,7 @@ use crate::{
         sqlite::{SqliteOptions, SqliteStore},
     },
     transport::{
-        Transport, TransportError,
+        Publisher, Transport, TransportError,
         amqp::AmqpTransport,
         http::{HttpIngress, HttpTransport},
         memory::{MemoryOptions, MemoryTransport},
@@ -180,6 +183,7 @@ enum Trouble {
 impl From<StoreError> for Trouble {
     fn from(error: StoreError) -> Self {
         match error {
+            error @ StoreError::Fenced(_) => Self::Passing(error.to_string()),
             StoreError::Unavailable(reason) => Self::Passing(reason.to_string()),
             error @ (StoreError::Fatal(_) | StoreError::Misconfigured(_)) => {
                 Self::Lasting(ComposeError::Store(error))
@@ -190,11 +194,18 @@ impl From<StoreError> for Trouble {
 
 async fn compose_bus(settings: &Settings, starting: &Starting) -> Result<Composed, ComposeError> {
     let store = starting.patiently("store", || open_store(settings)).await?;
+    let (name, held) = match &settings.store {
+        StoreSettings::Postgres { .. } => instance(&settings.data_dir),
+        StoreSettings::Memory | StoreSettings::Sqlite { .. } => (new_instance(), None),
+    };
+    let held = held.map(Arc::new);
     let log = LogOptions { tail_bytes: settings.limits.tail_bytes, ..LogOptions::default() };
     let bus = starting
         .patiently("store", || async {
             let builder = EventBus::builder()
                 .shared_store(Arc::clone(&store))
+                .instance(name.clone())
+                .instance_lock(held.clone())
                 .log_options(log.clone())
                 .max_event_bytes(settings.limits.max_event_bytes);
             Ok(builder.build().await?)
@@ -226,7 +237,10 @@ async fn compose_bus(settings: &Settings, starting: &Starting) -> Result<Compose
             HandlerKind::Forward(forward) => open_forward(name, forward, &transports).await?,
             HandlerKind::Log { level } => Arc::new(LogHandler::new(&**name, level_of(*level))),
         };
-        let options = handler_options(name, handler)?;
+        let mut options = handler_options(name, handler)?;
+        if let Some(to) = &handler.dead_letter {
+            options.dead_letter = Some(open_dead_letter(name, to, &transports).await?);
+        }
         // Nothing else registers handlers while composing, and the bus is not draining.
         if bus.register_handler_with(handle, options).await.is_err() {
             break;
@@ -243,6 +257,37 @@ async fn compose_bus(settings: &Settings, starting: &Starting) -> Result<Compose
         }
     }
     Ok(Composed { bus, ingress: takes_http.then_some(ingress), searches })
+}
+
+/// What this daemon calls itself when it claims handlers: the same after a restart, so that it
+/// need not wait for its own claims to end. Kept in the data folder, and held with a lock: a
+/// second daemon that shares the folder gets another name, and so does one whose folder cannot
+/// be written.
+fn instance(data_dir: &Path) -> (String, Option<File>) {
+    let kept = || -> io::Result<(String, File)> {
+        fs::create_dir_all(data_dir)?;
+        let path = data_dir.join("instance");
+        let mut file =
+            File::options().read(true).write(true).create(true).truncate(false).open(path)?;
+        file.try_lock()?;
+        let mut name = String::new();
+        file.read_to_string(&mut name)?;
+        if name.trim().is_empty() {
+            name = new_instance();
+            file.write_all(name.as_bytes())?;
+            file.sync_all()?;
+        }
+        Ok((name.trim().to_owned(), file))
+    };
+    match kept() {
+        Ok((name, file)) => (name, Some(file)),
+        Err(_) => (new_instance(), None),
+    }
+}
+
+fn new_instance() -> String {
+    let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    format!("{}/{}", host.trim(), uuid::Uuid::now_v7())
 }
 
 const DEFAULT_WORKERS: usize = 4;
@@ -322,21 +367,43 @@ async fn open_forward(
     forward: &ForwardSettings,
     transports: &BTreeMap<Arc<str>, Arc<dyn Transport>>,
 ) -> Result<Arc<dyn EventHandler>, ComposeError> {
-    let transport = transports.get(&forward.transport).ok_or_else(|| ComposeError::Handler {
-        name: Arc::clone(name),
-        reason: format!("there is no transport `{}`", forward.transport),
-    })?;
-    let publisher = transport.publisher().await.map_err(|source| ComposeError::Transport {
-        name: Arc::clone(&forward.transport),
-        source,
-    })?;
-    let options = ForwardOptions {
-        exchange: forward.exchange.clone(),
-        ..ForwardOptions::new(transport.kind(), &*forward.address)
-    };
-    let handler = ForwardHandler::new(&**name, publisher.into(), options)
+    let (transport, address) = (&forward.transport, &forward.address);
+    let (publisher, options) =
+        open_destination(name, transport, address, forward.exchange.clone(), transports).await?;
+    let handler = ForwardHandler::new(&**name, publisher, options)
         .map_err(|error| handler_error(name, &error))?;
     Ok(Arc::new(handler))
+}
+
+async fn open_dead_letter(
+    name: &Arc<str>,
+    to: &DeadLetterSettings,
+    transports: &BTreeMap<Arc<str>, Arc<dyn Transport>>,
+) -> Result<Arc<dyn DeadLetterDestination>, ComposeError> {
+    let (publisher, options) =
+        open_destination(name, &to.transport, &to.address, to.exchange.clone(), transports).await?;
+    let destination = DeadLetterForward::new(Arc::clone(name), publisher, options)
+        .map_err(|error| handler_error(name, &error))?;
+    Ok(Arc::new(destination))
+}
+
+async fn open_destination(
+    name: &Arc<str>,
+    transport: &Arc<str>,
+    address: &str,
+    exchange: Option<String>,
+    transports: &BTreeMap<Arc<str>, Arc<dyn Transport>>,
+) -> Result<(Arc<dyn Publisher>, ForwardOptions), ComposeError> {
+    let opened = transports.get(transport).ok_or_else(|| ComposeError::Handler {
+        name: Arc::clone(name),
+        reason: format!("there is no transport `{transport}`"),
+    })?;
+    let publisher = opened
+        .publisher()
+        .await
+        .map_err(|source| ComposeError::Transport { name: Arc::clone(transport), source })?;
+    let options = ForwardOptions { exchange, ..ForwardOptions::new(opened.kind(), address) };
+    Ok((publisher.into(), options))
 }
 
 fn handler_options(
@@ -359,8 +426,11 @@ fn handler_options(
         timeout: settings.timeout,
         retry,
         on_dead: Some(settings.on_dead),
+        dead_letter: None,
         window: settings.window.events,
         window_bytes: settings.window.bytes,
+        parked_per_key: settings.parked.per_key,
+        parked_total: settings.parked.total,
         checkpoint_interval,
         checkpoint_events: settings.checkpoint.events as u64,
     })
@@ -415,9 +485,18 @@ const fn level_of(level: LogLevel) -> tracing::Level {
 
 #[cfg(test)]
 mod tests {
-    use std::io;
-
     use super::*;
+
+    #[test]
+    fn a_daemon_keeps_its_name_and_nobody_else_has_it_meanwhile() {
+        let folder = tempfile::tempdir().unwrap();
+        let (first, held) = instance(folder.path());
+        let (second, not_held) = instance(folder.path());
+        assert_ne!(first, second);
+        assert!(held.is_some() && not_held.is_none());
+        drop(held);
+        assert_eq!(instance(folder.path()).0, first);
+    }
 
     #[tokio::test(start_paused = true)]
     async fn G8_a_start_waits_out_what_passes_and_says_what_it_waits_for() {

@@ -2,14 +2,13 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::{sync::watch, task::JoinHandle};
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio::{sync::mpsc, task::JoinHandle};
+use tokio_util::sync::CancellationToken;
 
+use super::Inner;
 use crate::{
-    dispatch::{self, HandlerOptions, HandlerState, HandlerStatus, Setup},
+    dispatch::{self, Command, HandlerOptions, HandlerStatus, Setup},
     handler::EventHandler,
-    store::Log,
-    telemetry::Metrics,
 };
 
 pub(super) struct Registered {
@@ -17,12 +16,12 @@ pub(super) struct Registered {
     handler: Arc<dyn EventHandler>,
     options: HandlerOptions,
     status: Arc<HandlerStatus>,
-    paused: watch::Sender<bool>,
     running: Option<Running>,
 }
 
 /// The task of a handler.
 pub(super) struct Running {
+    commands: mpsc::UnboundedSender<Command>,
     stop: CancellationToken,
     task: JoinHandle<()>,
     /// How long what it is doing may take to end.
@@ -34,62 +33,60 @@ impl Registered {
         name: Arc<str>,
         handler: Arc<dyn EventHandler>,
         options: HandlerOptions,
-        paused: bool,
     ) -> Self {
         let status = HandlerStatus::new(Arc::clone(&name), handler.kind());
-        let paused = watch::Sender::new(paused);
-        Self { name, handler, options, status, paused, running: None }
+        Self::with_status(name, handler, options, status)
+    }
+
+    pub(super) const fn with_status(
+        name: Arc<str>,
+        handler: Arc<dyn EventHandler>,
+        options: HandlerOptions,
+        status: Arc<HandlerStatus>,
+    ) -> Self {
+        Self { name, handler, options, status, running: None }
+    }
+
+    pub(super) const fn options(&self) -> &HandlerOptions {
+        &self.options
+    }
+
+    pub(super) const fn handler(&self) -> &Arc<dyn EventHandler> {
+        &self.handler
     }
 
     pub(super) const fn status(&self) -> &Arc<HandlerStatus> {
         &self.status
     }
 
-    pub(super) fn launch(
-        &mut self,
-        workers: usize,
-        log: &Arc<Log>,
-        metrics: &Metrics,
-        tasks: &TaskTracker,
-        stop: CancellationToken,
-        abort: CancellationToken,
-    ) {
+    pub(super) fn launch(&mut self, workers: usize, bus: &Inner) {
         if self.running.is_some() {
             return;
         }
-        let run = dispatch::run(Setup {
+        let (commands, inbox) = mpsc::unbounded_channel();
+        let (stop, abort) = (bus.stop_handlers.child_token(), bus.abort.clone());
+        let setup = Setup {
             name: Arc::clone(&self.name),
             handler: Arc::clone(&self.handler),
             options: self.options.clone(),
             workers,
-            log: Arc::clone(log),
+            log: Arc::clone(&bus.log),
             status: Arc::clone(&self.status),
-            metrics: metrics.clone(),
-            paused: self.paused.subscribe(),
+            metrics: bus.metrics.clone(),
+            owner: Arc::clone(&bus.instance),
+            lease: bus.lease,
             stop: stop.clone(),
-        });
-        let task = tasks.spawn(async move {
-            abort.run_until_cancelled(run).await;
+        };
+        let task = bus.handler_tasks.spawn(async move {
+            abort.run_until_cancelled(dispatch::run(setup, inbox)).await;
         });
         let patience = self.options.timeout + Duration::from_secs(5);
-        self.running = Some(Running { stop, task, patience });
+        self.running = Some(Running { commands, stop, task, patience });
     }
 
-    /// Pauses or resumes it; kept also while it is not running, and by its successor.
-    pub(super) fn set_paused(&self, paused: bool) {
-        self.paused.send_replace(paused);
-        if self.running.is_some() {
-            // Said at once; the runner says more as soon as it has seen it.
-            self.status.set_state(if paused {
-                HandlerState::Paused
-            } else {
-                HandlerState::Running
-            });
-        }
-    }
-
-    pub(super) fn is_paused(&self) -> bool {
-        *self.paused.borrow()
+    /// Tells its runner something; `false` where it has none.
+    pub(super) fn tell(&self, command: Command) -> bool {
+        self.running.as_ref().is_some_and(|running| running.commands.send(command).is_ok())
     }
 
     /// Its task, to be ended for a successor under the same name.

@@ -99,7 +99,7 @@ impl EventBus {
         let sources = self.sources().into_iter().map(|source| Component {
             component: format!("source:{}", source.name),
             health: match source.state {
-                SourceState::Consuming => Health::Ready,
+                SourceState::Consuming | SourceState::Standby(_) => Health::Ready,
                 SourceState::Recovering => Health::Degraded,
                 SourceState::Starting
                 | SourceState::Paused(_)
@@ -114,7 +114,7 @@ impl EventBus {
             component: format!("handler:{}", handler.name),
             health: match handler.state {
                 HandlerState::Running if handler.dead > 0 => Health::Degraded,
-                HandlerState::Running => Health::Ready,
+                HandlerState::Running | HandlerState::Standby(_) => Health::Ready,
                 HandlerState::Paused | HandlerState::Unavailable(_) => Health::Degraded,
                 HandlerState::Starting
                 | HandlerState::Stalled(_)
@@ -133,7 +133,14 @@ impl EventBus {
                 None => None,
             },
         });
-        std::iter::once(store).chain(sources).chain(handlers).collect()
+        let rebuilds = self.rebuilds().into_iter().map(|rebuild| Component {
+            component: format!("handler:{}", rebuild.name),
+            // What serves is as ready as it was.
+            health: Health::Degraded,
+            state: rebuild.state.as_str(),
+            reason: Some(format!("rebuilding, at position {}", rebuild.position)),
+        });
+        std::iter::once(store).chain(sources).chain(handlers).chain(rebuilds).collect()
     }
 
     /// Brings the gauges up to date and returns `/metrics`.

@@ -8,20 +8,28 @@ mod builder;
 mod compose;
 mod handlers;
 mod health;
+mod operate;
+mod rebuild;
+mod reingest;
+mod turns;
 
 pub use builder::EventBusBuilder;
 pub use compose::{ComposeError, Composed, Starting, compose, open_transport};
 pub use health::{Component, Health, SourceSnapshot};
+pub use operate::RewindTo;
+pub use rebuild::Rebuilding;
 
 use std::{
     collections::BTreeMap,
+    fs::File,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
+use tokio::sync::Notify;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use self::handlers::Registered;
+use self::{handlers::Registered, rebuild::Rebuild, reingest::Reingest, turns::Turns};
 use crate::{
     dispatch::{HandlerOptions, HandlerStatus},
     event::{Decoder, DecoderOptions, Message, NewEvent, NewEventError, Origin, Position},
@@ -55,7 +63,16 @@ struct Inner {
     log: Arc<Log>,
     metrics: Metrics,
     max_event_bytes: usize,
-    sources: Mutex<BTreeMap<Arc<str>, RunningSource>>,
+    /// Who claims handlers.
+    instance: Arc<str>,
+    /// Keeps other processes from calling themselves the same.
+    _instance_lock: Option<Arc<File>>,
+    lease: Duration,
+    sources: Arc<Mutex<BTreeMap<Arc<str>, RunningSource>>>,
+    /// Read models that are being built anew, by the handler they are for.
+    rebuilds: Mutex<BTreeMap<Arc<str>, Rebuild>>,
+    /// Tells the task that takes quarantine entries up.
+    redrive_started: Arc<Notify>,
     handlers: Mutex<BTreeMap<Arc<str>, Registered>>,
     /// Workers a handler has by default, once the pool is started.
     pool: Mutex<Option<usize>>,
@@ -73,6 +90,7 @@ struct Inner {
 
 struct RunningSource {
     transport: &'static str,
+    decoder: DecoderOptions,
     reporter: Reporter,
 }
 
@@ -111,12 +129,30 @@ impl From<std::convert::Infallible> for EmitError {
     }
 }
 
-/// Why a handler was not registered, paused or resumed.
+/// Why a handler was not registered, or not told what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum HandlerAccessError {
     /// No handler of that name.
     #[error("no handler is called `{0}`")]
     Unknown(Box<str>),
+    /// It has never run, so there is nothing to pause or rewind yet.
+    #[error("handler `{0}` has not run yet: start the worker pool, or wait for the store")]
+    NotStarted(Box<str>),
+    /// Another process runs it.
+    #[error("handler `{0}` is run by another process: ask that one")]
+    Elsewhere(Box<str>),
+    /// It has effects outside that would happen again.
+    #[error(
+        "handler `{0}` has effects outside of pulsebus, which would happen again; say that they \
+         may (allow_side_effects)"
+    )]
+    SideEffects(Box<str>),
+    /// It makes no sense.
+    #[error("{0}")]
+    Refused(String),
+    /// The store did not take it.
+    #[error(transparent)]
+    Store(#[from] StoreError),
     /// The bus is draining.
     #[error("the bus is closed")]
     Closed,
@@ -135,7 +171,15 @@ impl EventBus {
     }
 
     async fn open(builder: EventBusBuilder) -> Result<Self, StoreError> {
-        let EventBusBuilder { store, log, metrics, max_event_bytes } = builder;
+        let EventBusBuilder {
+            store,
+            log,
+            metrics,
+            max_event_bytes,
+            instance,
+            instance_lock,
+            lease,
+        } = builder;
         let store: Arc<dyn EventStore> = match store {
             Some(store) => store,
             None => Arc::new(crate::store::memory::MemoryStore::new()),
@@ -143,22 +187,39 @@ impl EventBus {
         let log_tasks = TaskTracker::new();
         let stop_log = CancellationToken::new();
         let log = Log::open(store, log, metrics.clone(), &log_tasks, stop_log.clone()).await?;
+        let (source_tasks, stop_sources) = (TaskTracker::new(), CancellationToken::new());
+        let abort = CancellationToken::new();
+        let (sources, redrive_started) = (Arc::default(), Arc::new(Notify::new()));
+        let reingest = Reingest {
+            log: Arc::clone(&log),
+            sources: Arc::clone(&sources),
+            default: DecoderOptions { max_event_bytes, ..DecoderOptions::default() },
+            started: Arc::clone(&redrive_started),
+        };
+        // It takes in, as a source does, and ends with them.
+        let (cut, reingest) = (abort.clone(), reingest.run(stop_sources.clone()));
+        source_tasks.spawn(async move { cut.run_until_cancelled(reingest).await });
         Ok(Self {
             inner: Arc::new(Inner {
                 log,
                 metrics,
                 max_event_bytes,
-                sources: Mutex::default(),
+                instance: instance.into(),
+                _instance_lock: instance_lock,
+                lease,
+                sources,
+                redrive_started,
+                rebuilds: Mutex::default(),
                 handlers: Mutex::default(),
                 pool: Mutex::default(),
                 registering: tokio::sync::Mutex::default(),
-                source_tasks: TaskTracker::new(),
+                source_tasks,
                 handler_tasks: TaskTracker::new(),
                 log_tasks,
-                stop_sources: CancellationToken::new(),
+                stop_sources,
                 stop_handlers: CancellationToken::new(),
                 stop_log,
-                abort: CancellationToken::new(),
+                abort,
             }),
         })
     }
@@ -229,22 +290,33 @@ impl EventBus {
     }
 
     /// Adds a source and starts consuming it. A source of the same name must not be running.
+    ///
+    /// Where several processes share the store, one of them consumes it at a time, unless it is
+    /// [`competing`](Source::competing) or its transport is `http` or `memory`, of which each
+    /// process has its own.
     pub fn add_source(&self, source: Source) -> Reporter {
         let inner = &self.inner;
         let name = Arc::clone(&source.name);
         let reporter = Reporter::new(Arc::clone(&name));
-        let running =
-            RunningSource { transport: source.transport.kind(), reporter: reporter.clone() };
+        let running = RunningSource {
+            transport: source.transport.kind(),
+            decoder: source.decoder.clone(),
+            reporter: reporter.clone(),
+        };
         lock(&inner.sources).insert(name, running);
-        let run = ingest::run(
-            source,
-            reporter.clone(),
-            Arc::clone(&inner.log),
-            inner.metrics.clone(),
-            inner.stop_sources.clone(),
-        );
-        let abort = inner.abort.clone();
-        inner.source_tasks.spawn(async move { abort.run_until_cancelled(run).await });
+        let (log, metrics) = (Arc::clone(&inner.log), inner.metrics.clone());
+        let (stop, abort) = (inner.stop_sources.clone(), inner.abort.clone());
+        let own = source.competing || matches!(source.transport.kind(), "http" | "memory");
+        if own || !log.store().is_shared() {
+            let run = ingest::run(source, reporter.clone(), log, metrics, stop);
+            inner.source_tasks.spawn(async move { abort.run_until_cancelled(run).await });
+        } else {
+            let (owner, lease) = (Arc::clone(&inner.instance), inner.lease);
+            let turns = Turns { source, reporter: reporter.clone(), log, metrics, owner, lease };
+            inner
+                .source_tasks
+                .spawn(async move { abort.run_until_cancelled(turns.run(stop)).await });
+        }
         reporter
     }
 
@@ -294,13 +366,17 @@ impl EventBus {
         if let Some(former) = former {
             former.stop().await;
         }
+        let rebuild = lock(&inner.rebuilds).remove(&name);
+        if let Some(rebuild) = rebuild {
+            rebuild.stop().await;
+        }
+        self.resume_rebuild(&name, &handler, &options).await;
         // Under one lock with the pool, so that a pool that starts now launches it or sees it.
         let mut handlers = lock(&inner.handlers);
-        let paused = handlers.get(&name).is_some_and(Registered::is_paused);
-        let mut registered = Registered::new(Arc::clone(&name), handler, options, paused);
+        let mut registered = Registered::new(Arc::clone(&name), handler, options);
         let status = Arc::clone(registered.status());
         if let Some(workers) = *lock(&inner.pool) {
-            self.launch(&mut registered, workers);
+            registered.launch(workers, inner);
         }
         handlers.insert(name, registered);
         Ok(status)
@@ -314,24 +390,13 @@ impl EventBus {
         let first = lock(&self.inner.pool).replace(workers).is_none();
         if first {
             for registered in handlers.values_mut() {
-                self.launch(registered, workers);
+                registered.launch(workers, &self.inner);
             }
         }
     }
 
-    fn launch(&self, registered: &mut Registered, workers: usize) {
-        registered.launch(
-            workers,
-            &self.inner.log,
-            &self.inner.metrics,
-            &self.inner.handler_tasks,
-            self.inner.stop_handlers.child_token(),
-            self.inner.abort.clone(),
-        );
-    }
-
-    /// Waits until a handler has finished everything up to a position, flushed, with its cursor
-    /// saved.
+    /// Waits until a handler has finished everything up to a position: done, filtered out, or a
+    /// dead letter; flushed, and saved. Events parked behind a dead letter are not finished.
     ///
     /// # Errors
     /// [`HandlerAccessError::Unknown`], and [`HandlerAccessError::Closed`] when the bus drains
@@ -339,8 +404,8 @@ impl EventBus {
     pub async fn handled(&self, name: &str, position: Position) -> Result<(), HandlerAccessError> {
         let reached = async {
             loop {
-                let mut saved = self.status(name)?.watch_saved();
-                if saved.wait_for(|saved| *saved >= position).await.is_ok() {
+                let mut settled = self.status(name)?.watch_settled();
+                if settled.wait_for(|settled| *settled >= position).await.is_ok() {
                     return Ok(());
                 }
                 // Replaced: its successor goes on from the same cursor.
@@ -359,30 +424,6 @@ impl EventBus {
             .get(name)
             .map(|registered| Arc::clone(registered.status()))
             .ok_or_else(|| HandlerAccessError::Unknown(name.into()))
-    }
-
-    /// Lets a handler end what it is doing and take nothing new.
-    ///
-    /// # Errors
-    /// [`HandlerAccessError::Unknown`].
-    pub fn pause(&self, name: &str) -> Result<(), HandlerAccessError> {
-        self.set_paused(name, true)
-    }
-
-    /// Lets a paused handler go on.
-    ///
-    /// # Errors
-    /// [`HandlerAccessError::Unknown`].
-    pub fn resume(&self, name: &str) -> Result<(), HandlerAccessError> {
-        self.set_paused(name, false)
-    }
-
-    fn set_paused(&self, name: &str, paused: bool) -> Result<(), HandlerAccessError> {
-        lock(&self.inner.handlers)
-            .get(name)
-            .ok_or_else(|| HandlerAccessError::Unknown(name.into()))?
-            .set_paused(paused);
-        Ok(())
     }
 
     /// Resolves when the store has failed for good, with the reason; the process should end.

@@ -123,6 +123,17 @@ impl Client {
         self.send(Method::POST, self.url(path, &[]), Some((content_type, body))).await
     }
 
+    /// Tells the daemon to do something, gets JSON.
+    pub(super) async fn tell<T: DeserializeOwned>(
+        &self,
+        path: &[&str],
+        query: &[(&str, String)],
+        order: Option<&serde_json::Value>,
+    ) -> Result<T, RequestError> {
+        let body = order.map(|order| ("application/json", order.to_string().into_bytes()));
+        self.send(Method::POST, self.url(path, query), body).await
+    }
+
     fn url(&self, path: &[&str], query: &[(&str, String)]) -> Url {
         let mut url = self.base.clone();
         // Only URLs without a host have no path to extend, and those were refused.
@@ -162,8 +173,12 @@ impl Client {
                 path: url.path().to_owned(),
             });
         }
-        serde_json::from_slice(&bytes)
-            .map_err(|error| RequestError::Strange { base: self.base.to_string(), error })
+        serde_json::from_slice(&bytes).map_err(|error| self.strange(error))
+    }
+
+    /// The daemon's answer is not understood.
+    pub(super) fn strange(&self, error: serde_json::Error) -> RequestError {
+        RequestError::Strange { base: self.base.to_string(), error }
     }
 }
 

@@ -3,16 +3,23 @@
 //! Exit codes: 0 done, 1 failed, 2 the command line is wrong, 75 the drain's deadline passed,
 //! 78 the configuration is wrong.
 
+mod audit;
 mod check;
 mod client;
 mod completions;
 mod config;
+mod dead_letters;
 mod events;
 mod handlers;
 mod healthcheck;
+mod moment;
+mod order;
 mod output;
+mod pages;
+mod progress;
 mod publish;
 mod quarantine;
+mod redrives;
 mod run;
 mod search;
 mod sources;
@@ -100,12 +107,21 @@ enum Command {
     /// Looks at the sources
     #[command(subcommand)]
     Sources(sources::Command),
-    /// Looks at the handlers
+    /// Looks at the handlers; pauses, resumes, rewinds and rebuilds them
     #[command(subcommand)]
     Handlers(handlers::Command),
-    /// Looks at what was no event
+    /// Looks at what handlers could not handle; retries or discards it
+    #[command(subcommand)]
+    DeadLetters(dead_letters::Command),
+    /// Looks at what was no event; takes it in again or discards it
     #[command(subcommand)]
     Quarantine(quarantine::Command),
+    /// Looks at what is being retried or discarded; cancels it, or waits for its end
+    #[command(subcommand)]
+    Redrives(redrives::Command),
+    /// Looks at who has paused, rewound, retried or discarded what
+    #[command(subcommand)]
+    Audit(audit::Command),
     /// Searches an index
     Search(search::Args),
     /// Shows the configuration
@@ -189,7 +205,10 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Some(Command::Events(command)) => block_on(events::run(&settings, command))?,
         Some(Command::Sources(command)) => block_on(sources::run(&settings, command))?,
         Some(Command::Handlers(command)) => block_on(handlers::run(&settings, command))?,
+        Some(Command::DeadLetters(command)) => block_on(dead_letters::run(&settings, command))?,
         Some(Command::Quarantine(command)) => block_on(quarantine::run(&settings, command))?,
+        Some(Command::Redrives(command)) => block_on(redrives::run(&settings, command))?,
+        Some(Command::Audit(command)) => block_on(audit::run(&settings, command))?,
         Some(Command::Search(args)) => block_on(search::run(&settings, args))?,
         Some(Command::Healthcheck(args)) => block_on(healthcheck::run(&settings, args))?,
     }

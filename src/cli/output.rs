@@ -70,6 +70,21 @@ pub(super) fn table<const N: usize>(headings: [&str; N], rows: &[[String; N]]) -
     text
 }
 
+/// Names and values, one a line, the values beneath each other; what is empty is left out.
+pub(super) fn fields(fields: &[(&str, String)]) -> String {
+    let shown = || fields.iter().filter(|(_, value)| !value.is_empty());
+    let width = shown().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
+    let lines: Vec<_> =
+        shown().map(|(name, value)| format!("{name:width$}  {}", harmless(value))).collect();
+    lines.join("\n")
+}
+
+/// Text of others that may have several lines.
+pub(super) fn harmless_lines(text: &str) -> String {
+    let line = |line: &str| harmless(&line.replace('\t', "    "));
+    text.lines().map(line).collect::<Vec<_>>().join("\n")
+}
+
 /// Text of others on our terminal: an escape sequence in an event must not run there.
 pub(super) fn harmless(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
@@ -95,6 +110,13 @@ mod tests {
         ];
         let text = table(["N", "TYPE", "X"], &rows);
         assert_eq!(text, "N    TYPE   X\n1    Größe  a\n200  \u{fffd}[2J");
+    }
+
+    #[test]
+    fn fields_line_up_and_run_no_escape_sequences() {
+        let shown = [("a", "1".to_owned()), ("none", String::new()), ("key", "\u{1b}x".to_owned())];
+        assert_eq!(fields(&shown), "a    1\nkey  \u{fffd}x");
+        assert_eq!(harmless_lines("{\r\n\t\"a\": \u{9b}1\n}"), "{\n    \"a\": \u{fffd}1\n}");
     }
 
     #[test]

@@ -370,6 +370,8 @@ pub(super) struct RawHandler {
     pub(super) dead_letter: Option<RawDeadLetter>,
     /// How far it reads ahead of its cursor.
     pub(super) window: Option<RawWindow>,
+    /// How many events may wait because of failed ones; at the bound it reads no further.
+    pub(super) parked: Option<RawParked>,
     /// When its cursor is saved, whichever comes first.
     pub(super) checkpoint: Option<RawCheckpoint>,
 
@@ -469,7 +471,6 @@ pub(super) struct RawRetry {
 /// Where dead letters are also published.
 #[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-#[expect(dead_code, reason = "accepted in the schema and refused by `check` until dispatch has it")]
 #[schemars(rename = "DeadLetter")]
 pub(super) struct RawDeadLetter {
     /// A name of `[transports]`. Required.
@@ -493,6 +494,19 @@ pub(super) struct RawWindow {
     /// Bytes of body at most.
     #[schemars(extend("default" = "32MiB"))]
     pub(super) bytes: Option<Size>,
+}
+
+/// How many events may wait because of failed ones.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[schemars(rename = "Parked")]
+pub(super) struct RawParked {
+    /// Behind a failed event of their key, at most.
+    #[schemars(extend("default" = 10_000))]
+    pub(super) per_key: Option<usize>,
+    /// For another attempt or behind a failed event, over all keys, at most.
+    #[schemars(extend("default" = 100_000))]
+    pub(super) total: Option<usize>,
 }
 
 /// When a cursor is saved.

@@ -165,8 +165,12 @@ pub struct HandlerSettings {
     pub retry: RetrySettings,
     /// What happens behind a dead letter.
     pub on_dead: OnDead,
+    /// Where dead letters are also published.
+    pub dead_letter: Option<DeadLetterSettings>,
     /// How far it reads ahead.
     pub window: WindowSettings,
+    /// How many events may wait because of failed ones.
+    pub parked: ParkedSettings,
     /// When its cursor is saved.
     pub checkpoint: CheckpointSettings,
 }
@@ -195,6 +199,17 @@ impl HandlerKind {
             Self::Log { .. } => "log",
         }
     }
+}
+
+/// Where the dead letters of a handler are also published.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeadLetterSettings {
+    /// A name among [`Settings::transports`].
+    pub transport: Arc<str>,
+    /// A template: the NATS subject, or the AMQP routing key.
+    pub address: String,
+    /// AMQP: a template for the exchange; empty names the default exchange. `None` otherwise.
+    pub exchange: Option<String>,
 }
 
 /// Where a `forward` handler publishes.
@@ -258,6 +273,21 @@ pub struct WindowSettings {
 impl Default for WindowSettings {
     fn default() -> Self {
         Self { events: 8_192, bytes: 32 << 20 }
+    }
+}
+
+/// How many events may wait because of failed ones; at the bound a handler reads no further.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ParkedSettings {
+    /// Behind a failed event of their key, at most. Default 10,000.
+    pub per_key: usize,
+    /// For another attempt or behind a failed event, over all keys, at most. Default 100,000.
+    pub total: usize,
+}
+
+impl Default for ParkedSettings {
+    fn default() -> Self {
+        Self { per_key: 10_000, total: 100_000 }
     }
 }
 

@@ -291,6 +291,18 @@ impl Page<'_> {
             }
             HandlerKind::Log { level } => self.line(&table, "level", level.as_str()),
         }
+        if let Some(to) = &handler.dead_letter {
+            let table = ["handlers", name, "dead_letter"];
+            self.table(&table);
+            self.line(&table, "transport", &*to.transport);
+            match &to.exchange {
+                Some(exchange) => {
+                    self.line(&table, "exchange", exchange.as_str());
+                    self.line(&table, "routing_key", to.address.as_str());
+                }
+                None => self.line(&table, "subject", to.address.as_str()),
+            }
+        }
         let retry = ["handlers", name, "retry"];
         self.table(&retry);
         self.line(&retry, "attempts", i64::from(handler.retry.attempts));
@@ -302,6 +314,10 @@ impl Page<'_> {
         self.table(&window);
         self.line(&window, "events", count(handler.window.events));
         self.line(&window, "bytes", size(handler.window.bytes));
+        let parked = ["handlers", name, "parked"];
+        self.table(&parked);
+        self.line(&parked, "per_key", count(handler.parked.per_key));
+        self.line(&parked, "total", count(handler.parked.total));
         let checkpoint = ["handlers", name, "checkpoint"];
         self.table(&checkpoint);
         self.line(&checkpoint, "interval", span(handler.checkpoint.interval));

@@ -6,64 +6,99 @@ use super::{HandlerOptions, HandlerState, Start};
 use crate::{
     event::Position,
     handler::EventHandler,
-    store::{DeadLetter, Log, StoreError},
+    store::{
+        Log, StoreError,
+        progress::{Claim, Claimed, Epoch, Unfinished},
+    },
 };
 
 /// How long a handler may take to say its position or to flush.
 pub(super) const FLUSH_TIMEOUT: Duration = Duration::from_secs(300);
 
+/// Rows read at once.
+const PAGE: usize = 10_000;
+
 /// Where a handler goes on.
 pub(super) struct Resumed {
+    pub(super) epoch: Epoch,
     pub(super) cursor: Position,
-    /// Its dead letters, which park their keys.
-    pub(super) letters: Vec<DeadLetter>,
+    pub(super) paused: bool,
+    /// Its unfinished events, in order.
+    pub(super) rows: Vec<Unfinished>,
 }
 
 impl Resumed {
-    /// Asks the handler and the store.
+    /// Claims the handler, and asks it and the store how far it is.
     ///
     /// # Errors
-    /// What to say while it cannot be known, or cannot be.
+    /// What to say while that cannot be known, or cannot be.
     pub(super) async fn find(
         name: &Arc<str>,
         handler: &dyn EventHandler,
         options: &HandlerOptions,
         log: &Log,
+        owner: &str,
+        lease: Duration,
     ) -> Result<Self, HandlerState> {
         let waiting = |error: String| HandlerState::Waiting(error);
+        let unread = |error: StoreError| waiting(error.to_string());
         let own = tokio::time::timeout(FLUSH_TIMEOUT, handler.position())
             .await
             .map_err(|_| waiting(format!("its position took longer than {FLUSH_TIMEOUT:?}")))?
             .map_err(|error| waiting(error.to_string()))?;
         let store = log.store();
-        let unread = |error: StoreError| waiting(error.to_string());
-        let saved = store.cursor(name).await.map_err(unread)?;
-        // Asked after the cursor: another process may have moved both on meanwhile.
-        let head = store.head().await.map_err(unread)?;
-        log.advance(head);
-        // A handler that keeps its own position and has none yet is either new, or is to be
-        // filled again from the log; the store's cursor tells which.
-        let own = own.filter(|own| *own > Position::START || saved.is_some());
-        let cursor = match (own, saved, options.start) {
-            (Some(own), _, _) => own,
-            (None, Some(saved), _) => saved,
-            (None, None, Start::Beginning) => Position::START,
-            (None, None, Start::Now) => {
-                // Saved at once, so that what is stored from here on is not skipped by a
-                // restart before the first checkpoint, and kept by the handler itself too.
-                handler.flush(head).await.map_err(|error| waiting(error.to_string()))?;
-                store.save_cursors(&[(Arc::clone(name), head)]).await.map_err(unread)?;
+        let start = match options.start {
+            Start::Beginning => Position::START,
+            Start::Now => {
+                let head = store.head().await.map_err(unread)?;
+                // Kept by the handler itself before the store says so: the other way round, a
+                // crash in between would look like an index that has been lost.
+                let new = store.cursor(name).await.map_err(unread)?.is_none();
+                if new && own.is_none_or(|own| own == Position::START) {
+                    handler.flush(head).await.map_err(|error| waiting(error.to_string()))?;
+                }
                 head
             }
         };
-        if cursor > head {
+        let claim = Claim { handler: name, owner, ttl: lease, start };
+        let tenure = match store.claim(claim).await.map_err(unread)? {
+            Claimed::Taken(tenure) => tenure,
+            Claimed::Held { owner, left } => {
+                return Err(HandlerState::Standby(format!(
+                    "{owner} runs it; its claim ends in {left:.1?} unless it is renewed"
+                )));
+            }
+        };
+        // Asked after the claim: another process may have moved both on meanwhile.
+        let head = store.head().await.map_err(unread)?;
+        log.advance(head);
+        let furthest = tenure.cursor.max(own.unwrap_or_default());
+        if furthest > head {
             return Err(HandlerState::Failed(format!(
-                "its cursor {cursor} is beyond the head of the log {head}: the log has lost its \
+                "its cursor {furthest} is beyond the head of the log {head}: the log has lost its \
                  tail (an older backup, another data_dir?); restore the log, or remove this \
                  handler's cursor or index to start it anew"
             )));
         }
-        let letters = store.dead_letters(Some(name), 0, usize::MAX).await.map_err(unread)?;
-        Ok(Self { cursor, letters })
+        let mut cursor = tenure.cursor;
+        if let Some(own) = own
+            && own < cursor
+            && !tenure.fresh
+        {
+            // What it had done behind its own position is lost (the index was damaged, or
+            // removed): that is done again, failures included.
+            store.rewind(name, tenure.epoch, own, None).await.map_err(unread)?;
+            cursor = own;
+        }
+        let mut rows: Vec<Unfinished> = Vec::new();
+        loop {
+            let after = rows.last().map_or(Position::START, |row| row.position);
+            let page = store.unfinished(name, after, PAGE).await.map_err(unread)?;
+            let last = page.len() < PAGE;
+            rows.extend(page);
+            if last {
+                return Ok(Self { epoch: tenure.epoch, cursor, paused: tenure.paused, rows });
+            }
+        }
     }
 }

@@ -19,6 +19,8 @@ pub enum HandlerState {
     Running,
     /// Paused by a person.
     Paused,
+    /// Another process runs it; this one takes over when that ends.
+    Standby(String),
     /// Its target is down; it probes.
     Unavailable(String),
     /// It has as much unfinished work as it may hold; it reads on when some of it ends.
@@ -39,6 +41,7 @@ impl HandlerState {
             Self::Starting => "starting",
             Self::Running => "running",
             Self::Paused => "paused",
+            Self::Standby(_) => "standby",
             Self::Unavailable(_) => "unavailable",
             Self::Stalled(_) => "stalled",
             Self::Waiting(_) => "waiting",
@@ -51,7 +54,11 @@ impl HandlerState {
     #[must_use]
     pub fn reason(&self) -> Option<&str> {
         match self {
-            Self::Unavailable(r) | Self::Stalled(r) | Self::Waiting(r) | Self::Failed(r) => Some(r),
+            Self::Standby(r)
+            | Self::Unavailable(r)
+            | Self::Stalled(r)
+            | Self::Waiting(r)
+            | Self::Failed(r) => Some(r),
             Self::Starting | Self::Running | Self::Paused | Self::Stopped => None,
         }
     }
@@ -64,7 +71,7 @@ pub struct HandlerStatus {
     kind: &'static str,
     state: Mutex<HandlerState>,
     position: AtomicU64,
-    saved: watch::Sender<Position>,
+    settled: watch::Sender<Position>,
     in_flight: AtomicU64,
     retrying: AtomicU64,
     parked: AtomicU64,
@@ -80,9 +87,10 @@ pub struct Snapshot {
     pub kind: &'static str,
     /// How it is.
     pub state: HandlerState,
-    /// Everything up to here is finished, filtered or dead.
+    /// Its cursor: everything up to here is done, filtered out, or has a row in the store that
+    /// says what it waits for.
     pub position: Position,
-    /// Events held, unfinished; includes those retrying and parked.
+    /// Events read and unfinished; includes those retrying and parked.
     pub in_flight: u64,
     /// Events waiting for another attempt.
     pub retrying: u64,
@@ -99,7 +107,7 @@ impl HandlerStatus {
             kind,
             state: Mutex::default(),
             position: AtomicU64::default(),
-            saved: watch::Sender::default(),
+            settled: watch::Sender::default(),
             in_flight: AtomicU64::default(),
             retrying: AtomicU64::default(),
             parked: AtomicU64::default(),
@@ -122,11 +130,12 @@ impl HandlerStatus {
         }
     }
 
-    /// Watches the cursor as it is saved: everything up to here is finished, flushed, and not
-    /// done again after a crash.
+    /// Watches how far it has settled: everything up to here is done, filtered out or a dead
+    /// letter, flushed, saved, and not done again after a crash. The cursor may be further: it
+    /// passes events that wait for another attempt, or behind a failed one.
     #[must_use]
-    pub fn watch_saved(&self) -> watch::Receiver<Position> {
-        self.saved.subscribe()
+    pub fn watch_settled(&self) -> watch::Receiver<Position> {
+        self.settled.subscribe()
     }
 
     /// Each change is logged once.
@@ -151,19 +160,35 @@ impl HandlerStatus {
             HandlerState::Starting
             | HandlerState::Running
             | HandlerState::Paused
+            | HandlerState::Standby(_)
             | HandlerState::Stopped => {
+                if current.as_str() == state.as_str() {
+                    *current = state;
+                    return;
+                }
                 tracing::info!(handler, state = state.as_str(), "handler changed state");
             }
         }
         *current = state;
     }
 
+    /// It has been told to pause, or to go on: said at once, the runner says more as soon as it
+    /// has heard it.
+    pub(crate) fn expect_paused(&self, paused: bool) {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        match (state, paused) {
+            (HandlerState::Running, true) => self.set_state(HandlerState::Paused),
+            (HandlerState::Paused, false) => self.set_state(HandlerState::Running),
+            _ => {}
+        }
+    }
+
     pub(super) fn set_position(&self, position: Position) {
         self.position.store(position.0, Relaxed);
     }
 
-    pub(super) fn set_saved(&self, position: Position) {
-        self.saved.send_replace(position);
+    pub(super) fn set_settled(&self, position: Position) {
+        self.settled.send_replace(position);
     }
 
     pub(super) fn set_work(&self, in_flight: usize, retrying: usize, parked: usize) {
@@ -178,5 +203,10 @@ impl HandlerStatus {
 
     pub(super) fn add_dead(&self, dead: u64) {
         self.dead.fetch_add(dead, Relaxed);
+    }
+
+    pub(super) fn remove_dead(&self, dead: u64) {
+        // Only the runner writes it.
+        self.dead.store(self.dead.load(Relaxed).saturating_sub(dead), Relaxed);
     }
 }

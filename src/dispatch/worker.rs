@@ -15,7 +15,7 @@ use std::{
 use futures_util::FutureExt as _;
 use tokio::sync::mpsc;
 
-use super::lanes::{Item, LaneId};
+use super::lanes::{Item, LaneId, Track};
 use crate::handler::{Batching, EventHandler, HandlerError, Outcome};
 
 /// How long a worker goes on with a chunk before it reports, when no call has to wait.
@@ -134,7 +134,10 @@ impl Worker {
                 };
                 if chunk.len() > 1 {
                     // One of them may be to blame; which, they show on their own.
-                    let alone = |item| Item { alone: true, ..item };
+                    let alone = |item: Item| {
+                        let track = Track { alone: true, ..item.track };
+                        Item { track, ..item }
+                    };
                     return report(Vec::new(), chunk.into_iter().map(alone).collect());
                 }
                 let outcome = match whole {

@@ -87,6 +87,8 @@ pub struct Decoder {
     default_source: Arc<str>,
     names: Names,
     ids_made: u64,
+    /// The quarantine entry that is being decoded again.
+    held_as: Option<u64>,
 }
 
 impl Default for Decoder {
@@ -100,7 +102,7 @@ impl Decoder {
     #[must_use]
     pub fn new(options: DecoderOptions) -> Self {
         let default_source = options.event_source.clone().unwrap_or_else(|| "/".into());
-        Self { options, default_source, names: Names::default(), ids_made: 0 }
+        Self { options, default_source, names: Names::default(), ids_made: 0, held_as: None }
     }
 
     /// Decodes a message. The body is neither copied nor changed.
@@ -123,6 +125,18 @@ impl Decoder {
             }),
             Err(reason) => Err(NotAnEvent { message: Box::new(message), reason }),
         }
+    }
+
+    /// Decodes a message again that is in quarantine under this number. One that says no id of
+    /// any kind gets one of that number, so that trying it twice does not make two events.
+    ///
+    /// # Errors
+    /// What is wrong with it, with the message.
+    pub fn decode_again(&mut self, message: Message, number: u64) -> Result<Event, NotAnEvent> {
+        self.held_as = Some(number);
+        let decoded = self.decode(message);
+        self.held_as = None;
+        decoded
     }
 
     /// How many events so far had no id of any kind and were given a random one. Copies of
@@ -181,6 +195,9 @@ impl Decoder {
                 None => match origin.stable_id() {
                     Some(id) => boxed("id", id.into())?,
                     None if self.options.require_id => return Err(Reason::NoId),
+                    None if let Some(number) = self.held_as => {
+                        format!("quarantine:{number}").into()
+                    }
                     None => {
                         self.ids_made += 1;
                         Uuid::now_v7().to_string().into()

@@ -141,7 +141,36 @@ impl ForwardHandler {
         })
     }
 
-    fn outbound(&self, event: &StoredEvent) -> Result<Outbound, RenderError> {
+    /// Publishes what could be made into a message; one outcome each, in order.
+    pub(super) async fn publish_all(
+        &self,
+        made: Vec<Result<Outbound, RenderError>>,
+    ) -> Vec<Outcome> {
+        let mut outcomes: Vec<Option<Outcome>> = Vec::with_capacity(made.len());
+        let mut messages = Vec::with_capacity(made.len());
+        for message in made {
+            match message {
+                Ok(message) => {
+                    messages.push(message);
+                    outcomes.push(None);
+                }
+                Err(error) => outcomes.push(Some(Outcome::reject(error))),
+            }
+        }
+        let mut results = if messages.is_empty() {
+            Vec::new().into_iter()
+        } else {
+            self.publisher.publish(messages).await.into_iter()
+        };
+        outcomes
+            .into_iter()
+            .map(|rejected| {
+                rejected.unwrap_or_else(|| results.next().map_or_else(unanswered, outcome))
+            })
+            .collect()
+    }
+
+    pub(super) fn outbound(&self, event: &StoredEvent) -> Result<Outbound, RenderError> {
         let exchange = match (&self.fixed_exchange, &self.exchange) {
             (Some(exchange), _) => Some(Arc::clone(exchange)),
             (None, Some(template)) => Some(template.render(event, &self.name, Place::Amqp)?.into()),
@@ -229,28 +258,7 @@ impl EventHandler for ForwardHandler {
     }
 
     async fn handle_batch(&self, events: &[Arc<StoredEvent>]) -> Vec<Outcome> {
-        let mut outcomes: Vec<Option<Outcome>> = Vec::with_capacity(events.len());
-        let mut messages = Vec::with_capacity(events.len());
-        for event in events {
-            match self.outbound(event) {
-                Ok(message) => {
-                    messages.push(message);
-                    outcomes.push(None);
-                }
-                Err(error) => outcomes.push(Some(Outcome::reject(error))),
-            }
-        }
-        let mut results = if messages.is_empty() {
-            Vec::new().into_iter()
-        } else {
-            self.publisher.publish(messages).await.into_iter()
-        };
-        outcomes
-            .into_iter()
-            .map(|rejected| {
-                rejected.unwrap_or_else(|| results.next().map_or_else(unanswered, outcome))
-            })
-            .collect()
+        self.publish_all(events.iter().map(|event| self.outbound(event)).collect()).await
     }
 }
 

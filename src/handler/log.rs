@@ -32,6 +32,10 @@ impl EventHandler for LogHandler {
         "log"
     }
 
+    fn has_side_effects(&self) -> bool {
+        false
+    }
+
     async fn handle(&self, event: &StoredEvent) -> Outcome {
         // A level is part of a line's static description, so there is a line for each.
         macro_rules! line {

@@ -14,9 +14,10 @@
 //! * **H4** A panic, or running longer than `timeout`, is a failed attempt.
 //! * **H5** Before a cursor is saved, [`flush`](EventHandler::flush) is awaited; what it fails
 //!   on is not checkpointed.
-//! * **H6** A handler that keeps its own [`position`](EventHandler::position) resumes there,
-//!   whatever the store's cursor says.
+//! * **H6** A handler that keeps its own [`position`](EventHandler::position) resumes there
+//!   where that is before the store's cursor: what it has lost is done again.
 
+pub mod dead_letter;
 pub mod forward;
 pub mod log;
 mod pointer;
@@ -47,6 +48,18 @@ pub trait EventHandler: Send + Sync + 'static {
     /// Default: the event's key.
     fn lane<'a>(&self, event: &'a StoredEvent) -> Cow<'a, str> {
         Cow::Borrowed(event.event.key())
+    }
+
+    /// Whether handling an event again does something outside that it would not do if it were
+    /// handled once: a message sent, a payment made. Then a rewind needs to be told that this
+    /// may happen. Default: yes, since nobody else can know.
+    fn has_side_effects(&self) -> bool {
+        true
+    }
+
+    /// What it keeps can be built anew beside itself: how. Default: it keeps nothing.
+    fn rebuildable(&self) -> Option<&dyn Rebuildable> {
+        None
     }
 
     /// Handles one event (H1-H4).
@@ -85,8 +98,8 @@ pub trait EventHandler: Send + Sync + 'static {
     }
 
     /// The position it has kept itself, where it can (H6): the last event whose effect is
-    /// durable, with all before it. Asked once, when it starts. Default: `None`, the store's
-    /// cursor counts.
+    /// durable, with all before it that it could handle. Asked once, when it starts. Default:
+    /// `None`, the store's cursor counts.
     ///
     /// # Errors
     /// Where it cannot say; the handler does not start, and is tried again.
@@ -102,6 +115,32 @@ pub trait EventHandler: Send + Sync + 'static {
         let _ = upto;
         Ok(())
     }
+}
+
+/// A handler that keeps a read model, which can be built anew from the log while the old one
+/// serves.
+#[async_trait]
+pub trait Rebuildable: Send + Sync {
+    /// Opens the one that is being built: a handler by this name, empty, or as far as it had
+    /// got. No other of them is open.
+    ///
+    /// # Errors
+    /// Where it cannot be opened now; tried again.
+    async fn next(&self, name: &str) -> Result<Arc<dyn EventHandler>, HandlerError>;
+
+    /// Puts what was built into the place of what serves, and removes that. Nothing is being
+    /// handled meanwhile by either, and [`next`](Self::next) has been dropped. Where nothing was
+    /// built, or it is in its place already, nothing happens.
+    ///
+    /// # Errors
+    /// Where it cannot now; what serves goes on, and it is tried again.
+    async fn swap(&self) -> Result<(), HandlerError>;
+
+    /// Removes what was built.
+    ///
+    /// # Errors
+    /// Where it cannot now.
+    async fn give_up(&self) -> Result<(), HandlerError>;
 }
 
 /// How a handler takes several events at once.

@@ -191,6 +191,22 @@ impl Log {
         }
     }
 
+    /// The events at these positions, which are in order: from memory where all of them are
+    /// recent, else from the store. Bounded as in [`EventStore::get`].
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn get(
+        &self,
+        positions: &[Position],
+        bytes: usize,
+    ) -> Result<Vec<Arc<StoredEvent>>, StoreError> {
+        match self.tail.get(positions, bytes) {
+            Some(events) => Ok(events),
+            None => self.store.get(positions, bytes).await,
+        }
+    }
+
     /// Something is known to be committed up to here.
     pub(crate) fn advance(&self, to: Position) {
         self.head.send_if_modified(|head| {
@@ -211,7 +227,11 @@ impl Log {
                     Ok(head) => self.advance(head),
                     Err(StoreError::Fatal(reason)) => return self.fail(&reason),
                     // The writer reports a store that is away; here it is only asked again.
-                    Err(StoreError::Unavailable(_) | StoreError::Misconfigured(_)) => {
+                    Err(
+                        StoreError::Unavailable(_)
+                        | StoreError::Misconfigured(_)
+                        | StoreError::Fenced(_),
+                    ) => {
                         tokio::time::sleep(Duration::from_secs(1)).await;
                     }
                 }
@@ -333,7 +353,12 @@ impl Writer {
                     self.log.fail(&reason.into());
                     return None;
                 }
-                Err(StoreError::Unavailable(reason) | StoreError::Misconfigured(reason)) => {
+                // No append is made under a claim, so none is fenced.
+                Err(
+                    StoreError::Unavailable(reason)
+                    | StoreError::Misconfigured(reason)
+                    | StoreError::Fenced(reason),
+                ) => {
                     self.metrics.commit_failures.inc();
                     let first = self.log.health() == LogHealth::Writing;
                     self.log.set_health(LogHealth::Waiting(Arc::clone(&reason)));

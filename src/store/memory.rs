@@ -3,8 +3,10 @@
 //! G1 reaches as far as the process: what was acknowledged is gone when it ends. Memory grows
 //! with the log.
 
+mod progress;
+
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::HashMap,
     fmt,
     sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
 };
@@ -13,8 +15,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use super::{
-    AttemptAppend, AttemptError, Batch, DeadLetter, EventStore, Limit, QuarantineEntry, Query,
-    StoreError,
+    AttemptAppend, AttemptError, Batch, EventStore, Limit, QuarantineEntry, Query, StoreError,
     admit::{self, Plan},
     append_isolating, row,
 };
@@ -42,8 +43,9 @@ struct State {
     identities: HashMap<Arc<str>, HashMap<Box<str>, usize>>,
     quarantine: Vec<(QuarantineEntry, Bytes)>,
     marks: HashMap<Box<str>, Mark>,
-    cursors: BTreeMap<Arc<str>, Position>,
-    dead_letters: Vec<DeadLetter>,
+    /// The number of the last quarantine entry, which may be gone.
+    last_held: u64,
+    progress: progress::Progress,
 }
 
 impl State {
@@ -127,7 +129,7 @@ impl AttemptAppend for MemoryStore {
             Some((stored.position, &stored.event))
         });
         let head = state.head();
-        let number = state.quarantine.len() as u64;
+        let number = state.last_held;
         let receipts = plan.receipts(head, number);
         let held: Vec<_> = plan
             .held
@@ -146,6 +148,7 @@ impl AttemptAppend for MemoryStore {
             })
             .collect();
         let fresh: Vec<_> = plan.fresh.into_iter().cloned().collect();
+        state.last_held += held.len() as u64;
         state.quarantine.extend(held);
         for event in fresh {
             let index = state.events.len();
@@ -198,6 +201,18 @@ impl EventStore for MemoryStore {
         Ok(page(self.state().from(after).iter(), limit))
     }
 
+    async fn get(
+        &self,
+        positions: &[Position],
+        bytes: usize,
+    ) -> Result<Vec<Arc<StoredEvent>>, StoreError> {
+        let state = self.state();
+        let found = positions.iter().filter_map(|position| {
+            state.events.get(usize::try_from(position.0.checked_sub(1)?).ok()?)
+        });
+        Ok(page(found, Limit { events: usize::MAX, bytes }))
+    }
+
     async fn list(&self, query: &Query) -> Result<Vec<Arc<StoredEvent>>, StoreError> {
         let state = self.state();
         let wanted = |event: &&Arc<StoredEvent>| {
@@ -224,49 +239,6 @@ impl EventStore for MemoryStore {
 
     async fn mark(&self, source: &str) -> Result<Option<Mark>, StoreError> {
         Ok(self.state().marks.get(source).cloned())
-    }
-
-    async fn cursor(&self, handler: &str) -> Result<Option<Position>, StoreError> {
-        Ok(self.state().cursors.get(handler).copied())
-    }
-
-    async fn save_cursors(&self, cursors: &[(Arc<str>, Position)]) -> Result<(), StoreError> {
-        self.state_mut().cursors.extend(cursors.iter().cloned());
-        Ok(())
-    }
-
-    async fn bury(&self, letters: &[DeadLetter]) -> Result<(), StoreError> {
-        let mut state = self.state_mut();
-        for letter in letters {
-            let same =
-                |l: &&mut DeadLetter| l.handler == letter.handler && l.position == letter.position;
-            let number = match state.dead_letters.iter_mut().find(same) {
-                Some(there) => {
-                    let number = there.number;
-                    *there = DeadLetter { number, ..letter.clone() };
-                    continue;
-                }
-                None => state.dead_letters.last().map_or(0, |l| l.number) + 1,
-            };
-            state.dead_letters.push(DeadLetter { number, ..letter.clone() });
-        }
-        Ok(())
-    }
-
-    async fn dead_letters(
-        &self,
-        handler: Option<&str>,
-        after: u64,
-        limit: usize,
-    ) -> Result<Vec<DeadLetter>, StoreError> {
-        Ok(self
-            .state()
-            .dead_letters
-            .iter()
-            .filter(|l| l.number > after && handler.is_none_or(|h| h == &*l.handler))
-            .take(limit)
-            .cloned()
-            .collect())
     }
 
     async fn quarantine(

@@ -23,23 +23,26 @@
 //!   reason; the rest of its batch is stored.
 //! * **S7** Body, headers, origin and attributes come back as they went in, byte for byte (G9).
 //! * **S8** Marks only move forward within an incarnation; a new incarnation replaces the old.
-//! * **S9** A cursor is what was last saved under that name.
+//! * **S9** Events are found by position, also those that lie apart from each other.
 //! * **S10** When an append fails with [`StoreError::Unavailable`] its outcome may be unknown;
 //!   appending the same batch again stores what is missing, once.
-//! * **S12** A dead letter is there once for each handler and position, as last buried.
 //! * **S11** What was committed is there after the store is closed, or killed, and opened again
 //!   (not `memory`).
+//!
+//! What handlers have done is kept beside the log: the clauses D1-D8 of [`progress`].
 
 mod admit;
 mod log;
 pub mod memory;
 pub mod postgres;
+pub mod progress;
 mod row;
 mod same;
 pub mod sqlite;
 mod tail;
 
 pub use log::{Append, Log, LogHealth, LogOptions, Ticket};
+pub use progress::ProgressStore;
 
 use std::{borrow::Cow, sync::Arc};
 
@@ -140,39 +143,12 @@ pub struct QuarantineEntry {
     pub size: u64,
 }
 
-/// An event that a handler could not handle: it rejected it, or its last attempt failed.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct DeadLetter {
-    /// Its number, given by the store: 1, 2, 3 …; numbers may be missing. 0 before that.
-    pub number: u64,
-    /// The handler.
-    pub handler: Arc<str>,
-    /// The event's position.
-    pub position: Position,
-    /// The event's id.
-    pub id: String,
-    /// The event's type.
-    pub kind: String,
-    /// What the handler keeps in order: the event's key, or the document id for `search`.
-    pub key: String,
-    /// How often it was tried.
-    pub attempts: u32,
-    /// Why it failed the first time.
-    pub first_error: String,
-    /// Why it failed the last time.
-    pub last_error: String,
-    /// When it failed first. UTC, microseconds.
-    pub first_failed_at: OffsetDateTime,
-    /// When it failed last. UTC, microseconds.
-    pub last_failed_at: OffsetDateTime,
-}
-
 /// The log and the state that commits with it. See the [module](self) for the contract.
 ///
 /// *Concurrency*: every method may be called from many tasks at once. *Cancel safe*: a dropped
 /// append may or may not have happened (S10); a dropped read changes nothing.
 #[async_trait]
-pub trait EventStore: Send + Sync + 'static {
+pub trait EventStore: ProgressStore {
     /// `memory`, `sqlite`, `postgres`, or a name of your own.
     fn kind(&self) -> &'static str;
 
@@ -193,6 +169,14 @@ pub trait EventStore: Send + Sync + 'static {
         limit: Limit,
     ) -> Result<Vec<Arc<StoredEvent>>, StoreError>;
 
+    /// The events at these positions, which are in order, as far as they are there and their
+    /// bodies add up to no more than so many bytes; the first of them is always given (S9).
+    async fn get(
+        &self,
+        positions: &[Position],
+        bytes: usize,
+    ) -> Result<Vec<Arc<StoredEvent>>, StoreError>;
+
     /// Lists events by type or key, in either direction.
     async fn list(&self, query: &Query) -> Result<Vec<Arc<StoredEvent>>, StoreError>;
 
@@ -201,24 +185,6 @@ pub trait EventStore: Send + Sync + 'static {
 
     /// The mark of a source (S8).
     async fn mark(&self, source: &str) -> Result<Option<Mark>, StoreError>;
-
-    /// The cursor of a handler: the last position it has finished, contiguously (S9, G6).
-    async fn cursor(&self, handler: &str) -> Result<Option<Position>, StoreError>;
-
-    /// Saves cursors, all in one transaction.
-    async fn save_cursors(&self, cursors: &[(Arc<str>, Position)]) -> Result<(), StoreError>;
-
-    /// Keeps dead letters, all in one transaction (S12). One that is there already, of the same
-    /// handler and position, is replaced.
-    async fn bury(&self, letters: &[DeadLetter]) -> Result<(), StoreError>;
-
-    /// Dead letters of one handler, or of all, with a number greater than `after`, in order.
-    async fn dead_letters(
-        &self,
-        handler: Option<&str>,
-        after: u64,
-        limit: usize,
-    ) -> Result<Vec<DeadLetter>, StoreError>;
 
     /// Quarantine entries with a number greater than `after`, in order. Bodies are not read:
     /// what is here may be as large as a broker takes.
@@ -306,6 +272,9 @@ pub enum StoreError {
     /// It cannot be used as configured: no such database, an older or newer schema.
     #[error("{0}")]
     Misconfigured(Arc<str>),
+    /// Another process, or a successor in this one, runs the handler now.
+    #[error("handler `{0}` has been claimed by another runner since")]
+    Fenced(Arc<str>),
 }
 
 impl StoreError {
@@ -317,6 +286,11 @@ impl StoreError {
     /// Fatal, with this reason.
     pub fn fatal(reason: impl std::fmt::Display) -> Self {
         Self::Fatal(reason.to_string().into())
+    }
+
+    /// Fenced: this handler has been claimed by somebody else.
+    pub fn fenced(handler: &str) -> Self {
+        Self::Fenced(handler.into())
     }
 
     /// Misconfigured, with this reason.

@@ -9,8 +9,9 @@
 //! Read and write the primary only. Durability is the server's: `synchronous_commit` is switched
 //! on where it is off, but only synchronous replication survives the loss of the primary.
 
-mod dead;
 mod error;
+mod progress;
+mod redrive;
 mod sql;
 
 use std::{
@@ -33,10 +34,10 @@ use time::OffsetDateTime;
 use tokio::sync::Mutex;
 
 use super::{
-    AttemptAppend, AttemptError, Batch, DeadLetter, EventStore, Limit, QuarantineEntry, Query,
-    StoreError,
+    AttemptAppend, AttemptError, Batch, EventStore, Limit, QuarantineEntry, Query, StoreError,
     admit::{self, Caution, HeldBefore, Plan},
     append_isolating,
+    progress::row::Failed,
     row::{self, EventRow, Texts},
 };
 use crate::{
@@ -201,11 +202,20 @@ impl PostgresStore {
         &self,
         query: impl Future<Output = Result<T, sqlx::Error>> + Send,
     ) -> Result<T, StoreError> {
+        self.transacting(async { Ok(query.await?) }).await
+    }
+
+    /// The same for what may also fail for a reason of ours.
+    async fn transacting<T>(
+        &self,
+        work: impl Future<Output = Result<T, Failed>> + Send,
+    ) -> Result<T, StoreError> {
         self.check()?;
         let patience = self.options.connect_timeout + self.options.timeout;
-        match tokio::time::timeout(patience, query).await {
+        match tokio::time::timeout(patience, work).await {
             Ok(Ok(value)) => Ok(value),
-            Ok(Err(error)) => match class(&error) {
+            Ok(Err(Failed::Store(error))) => Err(error),
+            Ok(Err(Failed::Database(error))) => match class(&error) {
                 Class::Store(error) => Err(self.fatal(error)),
                 Class::Refused(reason) => Err(StoreError::unavailable(reason)),
             },
@@ -470,6 +480,7 @@ async fn migrate(connection: &mut PgConnection, place: &str) -> Result<(), Store
     let mut migrator = Migrator::with_migrations(vec![
         migration(1, "log", include_str!("migrations/postgres/0001_log.sql")),
         migration(2, "dead letters", include_str!("migrations/postgres/0002_dead_letters.sql")),
+        migration(3, "progress", include_str!("migrations/postgres/0003_progress.sql")),
     ]);
     migrator.dangerous_set_table_name("pulsebus_migrations");
     migrator.run_direct(None, connection, false).await.map_err(|error| match error {
@@ -582,6 +593,20 @@ impl EventStore for PostgresStore {
         Ok(events)
     }
 
+    async fn get(
+        &self,
+        positions: &[Position],
+        bytes: usize,
+    ) -> Result<Vec<Arc<StoredEvent>>, StoreError> {
+        if positions.is_empty() {
+            return Ok(Vec::new());
+        }
+        let query = sqlx::query(sql::GET)
+            .bind(positions.iter().map(|position| row::signed(position.0)).bind_iter())
+            .bind(row::signed(bytes as u64));
+        self.events(query).await
+    }
+
     async fn list(&self, query: &Query) -> Result<Vec<Arc<StoredEvent>>, StoreError> {
         let sql = sql::list(query);
         let mut events: Vec<Arc<StoredEvent>> = Vec::new();
@@ -627,40 +652,6 @@ impl EventStore for PostgresStore {
         .transpose()
     }
 
-    async fn cursor(&self, handler: &str) -> Result<Option<Position>, StoreError> {
-        let query = sqlx::query_scalar("SELECT position FROM cursors WHERE handler = $1");
-        let position: Option<i64> =
-            self.reading(query.bind(handler).fetch_optional(&self.readers)).await?;
-        position.map(row::position).transpose()
-    }
-
-    async fn save_cursors(&self, cursors: &[(Arc<str>, Position)]) -> Result<(), StoreError> {
-        // The last of a name counts; in one order, so that two writers cannot lock each other.
-        let last: std::collections::BTreeMap<&str, Position> =
-            cursors.iter().map(|(handler, position)| (&**handler, *position)).collect();
-        if last.is_empty() {
-            return Ok(());
-        }
-        let query = sqlx::query(sql::SAVE_CURSORS)
-            .bind(last.keys().copied().bind_iter())
-            .bind(last.values().map(|position| row::signed(position.0)).bind_iter())
-            .bind(crate::event::now());
-        self.reading(query.execute(&self.readers)).await.map(drop)
-    }
-
-    async fn bury(&self, letters: &[DeadLetter]) -> Result<(), StoreError> {
-        self.bury_letters(letters).await
-    }
-
-    async fn dead_letters(
-        &self,
-        handler: Option<&str>,
-        after: u64,
-        limit: usize,
-    ) -> Result<Vec<DeadLetter>, StoreError> {
-        self.list_dead_letters(handler, after, limit).await
-    }
-
     async fn quarantine(
         &self,
         after: u64,
@@ -702,7 +693,9 @@ impl EventStore for PostgresStore {
                 Ok(head) if head > seen => return,
                 Ok(_) | Err(StoreError::Unavailable(_)) => {}
                 // Whoever reads next is told.
-                Err(StoreError::Fatal(_) | StoreError::Misconfigured(_)) => return,
+                Err(
+                    StoreError::Fatal(_) | StoreError::Misconfigured(_) | StoreError::Fenced(_),
+                ) => return,
             }
         }
     }

@@ -74,6 +74,31 @@ impl Tail {
     }
 }
 
+impl Tail {
+    /// The events at these positions, which are in order; `None` where the run does not have
+    /// all of them.
+    pub(super) fn get(
+        &self,
+        positions: &[Position],
+        bytes: usize,
+    ) -> Option<Vec<Arc<StoredEvent>>> {
+        let run = self.run.read().unwrap_or_else(PoisonError::into_inner);
+        let first = run.events.front()?.position;
+        let mut sum = 0;
+        let mut found: Vec<Arc<StoredEvent>> = Vec::with_capacity(positions.len());
+        for position in positions {
+            let at = usize::try_from(position.0.checked_sub(first.0)?).ok()?;
+            let event = run.events.get(at)?;
+            sum += event.body().len();
+            if sum > bytes && !found.is_empty() {
+                break;
+            }
+            found.push(Arc::clone(event));
+        }
+        Some(found)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -126,6 +151,21 @@ mod tests {
         assert_eq!(positions(&tail.read(Position(7), Limit::default()).unwrap()), [8, 9]);
         // Another process may have appended more: the store knows, the tail does not.
         assert!(tail.read(Position(9), Limit::default()).is_none());
+    }
+
+    #[test]
+    fn events_are_got_by_position_where_all_of_them_are_here() {
+        let tail = Tail::new(5, 1_000);
+        tail.push((1..=20).map(event));
+        let get = |at: &[u64], bytes| {
+            let at: Vec<_> = at.iter().map(|at| Position(*at)).collect();
+            tail.get(&at, bytes).map(|found| positions(&found))
+        };
+        assert_eq!(get(&[16, 18, 20], 1_000).unwrap(), [16, 18, 20]);
+        assert_eq!(get(&[16, 18, 20], 20).unwrap(), [16, 18]);
+        assert_eq!(get(&[16, 18, 20], 1).unwrap(), [16]);
+        assert!(get(&[15, 18], 1_000).is_none());
+        assert!(get(&[18, 21], 1_000).is_none());
     }
 
     #[test]

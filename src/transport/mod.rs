@@ -286,6 +286,8 @@ pub enum SourceState {
     Recovering,
     /// Open, and taking what comes.
     Consuming,
+    /// Another process consumes it; this one takes over when that ends.
+    Standby(String),
     /// Waiting for the store; nothing is taken.
     Paused(String),
     /// Away; it comes back by itself.
@@ -304,6 +306,7 @@ impl SourceState {
             Self::Starting => "starting",
             Self::Recovering => "recovering",
             Self::Consuming => "consuming",
+            Self::Standby(_) => "standby",
             Self::Paused(_) => "paused",
             Self::Reconnecting(_) => "reconnecting",
             Self::Misconfigured(_) => "misconfigured",
@@ -315,7 +318,9 @@ impl SourceState {
     #[must_use]
     pub fn reason(&self) -> Option<&str> {
         match self {
-            Self::Paused(r) | Self::Reconnecting(r) | Self::Misconfigured(r) => Some(r),
+            Self::Standby(r) | Self::Paused(r) | Self::Reconnecting(r) | Self::Misconfigured(r) => {
+                Some(r)
+            }
             Self::Starting | Self::Recovering | Self::Consuming | Self::Stopped => None,
         }
     }
@@ -357,6 +362,7 @@ impl Reporter {
                 SourceState::Starting
                 | SourceState::Recovering
                 | SourceState::Consuming
+                | SourceState::Standby(_)
                 | SourceState::Stopped => {
                     tracing::info!(source, state = state.as_str(), "source changed state");
                 }

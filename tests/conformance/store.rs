@@ -24,6 +24,8 @@ use pulsebus::{
 use time::macros::datetime;
 use tokio::task::JoinSet;
 
+pub use crate::support::random::Random;
+
 /// A log, and the ways to get at it that are not part of the contract.
 #[async_trait]
 pub trait Fixture: Send + Sync {
@@ -33,6 +35,17 @@ pub trait Fixture: Send + Sync {
     /// An event that the database refuses; each time another one.
     async fn refusable(&self) -> Event;
 
+    /// Makes the database refuse rows of `unfinished` whose key is `refused`; `false` where that
+    /// is not possible.
+    async fn refuse_rows(&self) -> bool {
+        false
+    }
+
+    /// Whether several processes may use the database at once, so that a claim lasts for a time.
+    fn leases(&self) -> bool {
+        false
+    }
+
     /// Kills the database and brings it back; `false` where that is not possible.
     async fn crash(&self) -> bool {
         false
@@ -41,20 +54,6 @@ pub trait Fixture: Send + Sync {
     /// Whether the log outlives its handles.
     fn durable(&self) -> bool {
         true
-    }
-}
-
-/// Pseudo-random numbers, the same in every run (SplitMix64).
-#[derive(Debug, Clone)]
-pub struct Random(pub u64);
-
-impl Random {
-    pub fn below(&mut self, n: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % n
     }
 }
 
@@ -150,7 +149,7 @@ fn quarantined(receipt: &Receipt) -> (u64, &str) {
 }
 
 /// Drops a future that is not ready after so many wake-ups: at any of its awaits.
-async fn give_up_after<T>(wakes: u64, future: impl Future<Output = T>) -> Option<T> {
+pub async fn give_up_after<T>(wakes: u64, future: impl Future<Output = T>) -> Option<T> {
     let mut future = std::pin::pin!(future);
     let mut polls = 0;
     std::future::poll_fn(|context| match future.as_mut().poll(context) {
@@ -667,22 +666,38 @@ pub async fn S8_marks_only_move_forward(fixture: &dyn Fixture) {
     assert_eq!(store.mark("t").await.unwrap(), None);
 }
 
-pub async fn S9_a_cursor_is_what_was_last_saved(fixture: &dyn Fixture) {
+pub async fn S9_events_are_found_by_position(fixture: &dyn Fixture) {
     let store = fixture.open().await;
-    assert_eq!(store.cursor("search").await.unwrap(), None);
-    store.save_cursors(&[]).await.unwrap();
-    store
-        .save_cursors(&[
-            ("search".into(), Position(7)),
-            ("forward".into(), Position(1)),
-            ("search".into(), Position(9)),
-        ])
-        .await
-        .unwrap();
-    store.save_cursors(&[("forward".into(), Position(0))]).await.unwrap();
-    for store in [store, fixture.open().await] {
-        assert_eq!(store.cursor("search").await.unwrap(), Some(Position(9)));
-        assert_eq!(store.cursor("forward").await.unwrap(), Some(Position(0)));
+    let body = |size: usize| format!("\"{}\"", "x".repeat(size - 2));
+    let sizes = [100, 100, 1000, 100, 100, 100];
+    let events = sizes.iter().enumerate().map(|(n, size)| with_body(&n.to_string(), &body(*size)));
+    let events: Vec<_> = events.collect();
+    store.append(&batch(events.clone())).await.unwrap();
+    let all = usize::MAX >> 1;
+    for (wanted, bytes, expected) in [
+        (vec![], all, vec![]),
+        (vec![4], all, vec![4]),
+        (vec![1, 3, 6], all, vec![1, 3, 6]),
+        (vec![1, 2, 3, 4, 5, 6], all, vec![1, 2, 3, 4, 5, 6]),
+        // What is not there is left out.
+        (vec![0, 2, 7, u64::MAX], all, vec![2]),
+        (vec![7, 8], all, vec![]),
+        // The first is always given, and none behind one that does not fit.
+        (vec![3, 4], 1, vec![3]),
+        (vec![3, 4], 1099, vec![3]),
+        (vec![3, 4], 1100, vec![3, 4]),
+        (vec![1, 3, 4], 200, vec![1]),
+        (vec![1, 2, 4, 6], 299, vec![1, 2]),
+        (vec![1, 2, 4, 6], 300, vec![1, 2, 4]),
+        (vec![0, 3, 5], 0, vec![3]),
+    ] {
+        let positions: Vec<_> = wanted.iter().copied().map(Position).collect();
+        let found = store.get(&positions, bytes).await.unwrap();
+        let there: Vec<_> = found.iter().map(|event| event.position.0).collect();
+        assert_eq!(there, expected, "{wanted:?}, {bytes} bytes");
+        for event in &found {
+            assert_same(&event.event, &events[event.position.0 as usize - 1]);
+        }
     }
 }
 
@@ -781,7 +796,6 @@ pub async fn S11_what_was_committed_is_there_after_reopening(fixture: &dyn Fixtu
     for nth in 1..=3 {
         let store = fixture.open().await;
         store.append(&whole("run", nth)).await.unwrap();
-        store.save_cursors(&[("h".into(), Position(nth))]).await.unwrap();
         if nth < 3 {
             store.close().await;
         }
@@ -789,7 +803,6 @@ pub async fn S11_what_was_committed_is_there_after_reopening(fixture: &dyn Fixtu
     }
     let store = fixture.open().await;
     audit_whole(&*store, "run", 3).await;
-    assert_eq!(store.cursor("h").await.unwrap(), Some(Position(3)));
     let receipts = store.append(&batch([event("after")])).await.unwrap();
     assert_eq!(receipts, [stored(3 * SIZE + 1)]);
 }

@@ -24,7 +24,7 @@ fn text(bytes: &[u8]) -> String {
 }
 
 /// Exit code, standard output and standard error.
-fn parts(output: &Output) -> (i32, String, String) {
+pub(crate) fn parts(output: &Output) -> (i32, String, String) {
     (output.status.code().unwrap(), text(&output.stdout), text(&output.stderr))
 }
 
@@ -51,7 +51,7 @@ async fn tell(daemon: &Daemon, args: &[&str], input: &str) -> (i32, String, Stri
 }
 
 /// JSON objects, one a line; a member that serde_json has no number for is null.
-fn lines(text: &str) -> Vec<Value> {
+pub(crate) fn lines(text: &str) -> Vec<Value> {
     let object = |line: &str| -> Value {
         let members: BTreeMap<String, Box<RawValue>> = serde_json::from_str(line).unwrap();
         let value = |raw: &RawValue| serde_json::from_str::<Value>(raw.get()).unwrap_or_default();
@@ -343,6 +343,8 @@ async fn a_token_is_asked_for_and_given() {
     fs::write(&secret, "s3cret\n").unwrap();
     let token = secret.to_str().unwrap();
     let daemon = Daemon::start(&format!("token_file = \"{token}\"")).await;
+    // It asks for the token before its bus is up, and answers 503 to those who have it.
+    daemon.ready().await;
     let event = r#"{"id":"1","type":"T","data":1}"#;
     let (code, _, err) = ask(&daemon, &["publish", event]).await;
     assert_eq!(code, 1);

@@ -69,7 +69,11 @@ const AGAINST: &[(&str, &str)] = &[];
 const DRIVERS: &[(&str, &[&str], &str)] = &[
     ("async_nats", &["transport/nats"], "the NATS transport"),
     ("lapin", &["transport/amqp"], "the RabbitMQ transport"),
-    ("sqlx", &["store/sqlite", "store/postgres"], "the two SQL stores"),
+    (
+        "sqlx",
+        &["store/sqlite", "store/postgres", "store/progress/row.rs"],
+        "the two SQL stores, and what they share",
+    ),
     ("tantivy", &["handler/search"], "the search index"),
     ("backoff", &["retry.rs"], "unmaintained, so it can be replaced in one place"),
     (

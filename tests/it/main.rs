@@ -16,6 +16,7 @@
 mod amqp;
 mod bad_input;
 mod cli;
+mod cli_redrive;
 #[path = "../conformance/mod.rs"]
 mod conformance;
 #[path = "../corpus/mod.rs"]
@@ -23,10 +24,17 @@ mod corpus;
 mod direction;
 mod dispatch;
 mod e2e;
+mod failing;
+mod failing_daemon;
+mod failing_search;
 mod http;
 mod ingress;
 mod memory;
+mod model;
 mod nats;
 mod readme;
+mod rebuild;
+mod redrive;
 mod store;
 mod support;
+mod turns;

@@ -19,27 +19,35 @@ use pulsebus::{
         EventStore, StoreError,
         memory::MemoryStore,
         postgres::{PostgresOptions, PostgresStore},
+        progress::{
+            AuditEntry, Change, Claim, Claimed, DeadLetterFilter, NewRedrive, ProgressStore as _,
+            RedriveAction, Selection,
+        },
         sqlite::{SqliteOptions, SqliteStore},
     },
     transport::Receipt,
 };
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection, SqliteConnection};
-use tokio::sync::Mutex;
+use time::macros::datetime;
+use tokio::{sync::Mutex, task::JoinSet};
 
 use crate::{
-    conformance::store::{self as suite, Fixture, Random},
+    conformance::{
+        progress,
+        store::{self as suite, Fixture, Random},
+    },
     support::{postgres, process, wait_until},
 };
 
 /// A test for each of these functions of the suite, against this fixture.
 macro_rules! conformance {
-    ($store:ident, $fixture:expr, [$($clause:ident),* $(,)?]) => {
+    ($store:ident, $suite:ident, $fixture:expr, [$($clause:ident),* $(,)?]) => {
         mod $store {
             use super::*;
             $(
                 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
                 async fn $clause() {
-                    suite::$clause(&$fixture.await).await;
+                    $suite::$clause(&$fixture.await).await;
                 }
             )*
         }
@@ -78,6 +86,7 @@ impl Fixture for Memory {
 
 conformance!(
     memory,
+    suite,
     Memory::new(),
     [
         S1_an_append_is_there_as_a_whole,
@@ -87,10 +96,35 @@ conformance!(
         S4_S5_any_sequence_of_batches,
         S6_what_the_database_refuses_is_quarantined,
         S8_marks_only_move_forward,
-        S9_a_cursor_is_what_was_last_saved,
+        S9_events_are_found_by_position,
         S10_an_unknown_outcome_is_appended_again,
         reads_keep_their_limits,
         lists_find_by_type_and_key_in_either_direction,
+    ]
+);
+
+conformance!(
+    memory_progress,
+    progress,
+    Memory::new(),
+    [
+        D1_a_claim_has_a_higher_epoch_than_every_one_before,
+        D1_one_of_many_claims_at_once_is_the_last,
+        D1_a_lease_keeps_others_away,
+        D2_what_is_written_under_an_old_epoch_changes_nothing,
+        D3_a_checkpoint_is_there_as_a_whole,
+        D3_D4_any_sequence_of_checkpoints_also_given_up,
+        D4_a_row_keeps_how_it_first_failed,
+        D5_a_rewind_removes_the_rows_above,
+        D6_a_redrive_takes_up_what_matches_at_its_start,
+        D6_a_cancelled_redrive_puts_back_what_it_has_left,
+        D6_a_discard_of_a_handler_that_nobody_runs,
+        D6_quarantine_is_taken_up_and_settled,
+        D7_what_persons_did_is_in_the_audit,
+        D8_a_handler_adopts_the_progress_of_another,
+        dead_letters_are_found_page_by_page,
+        dead_letters_are_published_once,
+        texts_are_kept_as_far_as_the_database_can,
     ]
 );
 
@@ -131,10 +165,20 @@ impl Fixture for Sqlite {
     async fn refusable(&self) -> Event {
         suite::event(&numbered("refuse "))
     }
+
+    async fn refuse_rows(&self) -> bool {
+        self.execute(
+            "CREATE TRIGGER refuse_rows BEFORE INSERT ON unfinished WHEN new.key = 'refused'
+             BEGIN SELECT RAISE(ABORT, 'a trigger says no'); END",
+        )
+        .await;
+        true
+    }
 }
 
 conformance!(
     sqlite,
+    suite,
     Sqlite::new(),
     [
         S1_an_append_is_there_as_a_whole,
@@ -145,11 +189,37 @@ conformance!(
         S6_what_the_database_refuses_is_quarantined,
         S7_everything_comes_back_as_it_went_in,
         S8_marks_only_move_forward,
-        S9_a_cursor_is_what_was_last_saved,
+        S9_events_are_found_by_position,
         S10_an_unknown_outcome_is_appended_again,
         S11_what_was_committed_is_there_after_reopening,
         reads_keep_their_limits,
         lists_find_by_type_and_key_in_either_direction,
+    ]
+);
+
+conformance!(
+    sqlite_progress,
+    progress,
+    Sqlite::new(),
+    [
+        D1_a_claim_has_a_higher_epoch_than_every_one_before,
+        D1_one_of_many_claims_at_once_is_the_last,
+        D1_a_lease_keeps_others_away,
+        D2_what_is_written_under_an_old_epoch_changes_nothing,
+        D3_a_checkpoint_is_there_as_a_whole,
+        D3_D4_any_sequence_of_checkpoints_also_given_up,
+        D4_a_row_keeps_how_it_first_failed,
+        D5_a_rewind_removes_the_rows_above,
+        D6_a_redrive_takes_up_what_matches_at_its_start,
+        D6_a_cancelled_redrive_puts_back_what_it_has_left,
+        D6_a_discard_of_a_handler_that_nobody_runs,
+        D6_quarantine_is_taken_up_and_settled,
+        D7_what_persons_did_is_in_the_audit,
+        D8_a_handler_adopts_the_progress_of_another,
+        dead_letters_are_found_page_by_page,
+        dead_letters_are_published_once,
+        texts_are_kept_as_far_as_the_database_can,
+        D3_what_was_saved_is_there_after_reopening,
     ]
 );
 
@@ -188,10 +258,20 @@ impl Fixture for Postgres {
     async fn refusable(&self) -> Event {
         long_id()
     }
+
+    async fn refuse_rows(&self) -> bool {
+        self.execute("ALTER TABLE unfinished ADD CHECK (key <> 'refused')").await;
+        true
+    }
+
+    fn leases(&self) -> bool {
+        true
+    }
 }
 
 conformance!(
     postgres_,
+    suite,
     Postgres::new(),
     [
         S1_an_append_is_there_as_a_whole,
@@ -202,11 +282,37 @@ conformance!(
         S6_what_the_database_refuses_is_quarantined,
         S7_everything_comes_back_as_it_went_in,
         S8_marks_only_move_forward,
-        S9_a_cursor_is_what_was_last_saved,
+        S9_events_are_found_by_position,
         S10_an_unknown_outcome_is_appended_again,
         S11_what_was_committed_is_there_after_reopening,
         reads_keep_their_limits,
         lists_find_by_type_and_key_in_either_direction,
+    ]
+);
+
+conformance!(
+    postgres_progress,
+    progress,
+    Postgres::new(),
+    [
+        D1_a_claim_has_a_higher_epoch_than_every_one_before,
+        D1_one_of_many_claims_at_once_is_the_last,
+        D1_a_lease_keeps_others_away,
+        D2_what_is_written_under_an_old_epoch_changes_nothing,
+        D3_a_checkpoint_is_there_as_a_whole,
+        D3_D4_any_sequence_of_checkpoints_also_given_up,
+        D4_a_row_keeps_how_it_first_failed,
+        D5_a_rewind_removes_the_rows_above,
+        D6_a_redrive_takes_up_what_matches_at_its_start,
+        D6_a_cancelled_redrive_puts_back_what_it_has_left,
+        D6_a_discard_of_a_handler_that_nobody_runs,
+        D6_quarantine_is_taken_up_and_settled,
+        D7_what_persons_did_is_in_the_audit,
+        D8_a_handler_adopts_the_progress_of_another,
+        dead_letters_are_found_page_by_page,
+        dead_letters_are_published_once,
+        texts_are_kept_as_far_as_the_database_can,
+        D3_what_was_saved_is_there_after_reopening,
     ]
 );
 
@@ -235,6 +341,12 @@ impl Fixture for Mortal {
 async fn postgres_S10_S11_a_crash_amid_appends() {
     let server = postgres::PostgresServer::start().await;
     suite::S10_S11_a_crash_amid_appends(&Mortal(Mutex::new(server))).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn postgres_D3_a_crash_amid_checkpoints() {
+    let server = postgres::PostgresServer::start().await;
+    progress::D3_a_crash_amid_checkpoints(&Mortal(Mutex::new(server))).await;
 }
 
 /// Run by the test below, in a process of its own that does not end by itself.
@@ -433,11 +545,314 @@ async fn postgres_a_killed_server_is_unavailable_and_then_works() {
     let store = connect(&server.url()).await.unwrap();
     store.append(&suite::whole("run", 1)).await.unwrap();
     server.kill();
-    let batch = suite::whole("run", 2);
-    let error = store.append(&batch).await.unwrap_err();
-    assert!(matches!(error, StoreError::Unavailable(_)), "{error}");
+    // The server's process for this connection may live on for a moment, and does its work.
+    let mut nth = 1;
+    let batch = wait_until("it is unavailable", async || {
+        nth += 1;
+        let batch = suite::whole("run", nth);
+        match store.append(&batch).await {
+            Ok(_) => None,
+            Err(StoreError::Unavailable(_)) => Some(batch),
+            Err(error) => panic!("{error}"),
+        }
+    })
+    .await;
     server.restart().await;
     suite::append_patiently(&store, &batch).await;
     wait_until("reads work again", async || store.head().await.ok()).await;
-    suite::audit_whole(&store, "run", 2).await;
+    suite::audit_whole(&store, "run", nth).await;
+}
+
+/// The tables as version 2 of the schema left them, with a dead letter and a cursor.
+const VERSION_2: &str = "
+    INSERT INTO dead_letters (handler, position, id, type, key, attempts, first_error, last_error,
+        first_failed_at, last_failed_at)
+    VALUES ('search', 7, 'an id', 'A', 'a key', 3, 'first', 'last',
+        '2026-01-02T03:04:05.000006Z', '2026-01-02T03:04:06.000000Z');
+    INSERT INTO cursors (handler, position, updated_at)
+    VALUES ('search', 9, '2026-01-02T03:04:05.000006Z');";
+
+/// Version 3, undone.
+const BACK_TO_2: &str = "
+    DROP VIEW dead_letters;
+    DROP TABLE unfinished; DROP TABLE redrives; DROP TABLE audit;
+    DROP INDEX quarantine_redrive; DROP INDEX quarantine_redriven;
+    ALTER TABLE quarantine DROP COLUMN redrive;
+    ALTER TABLE cursors DROP COLUMN epoch; ALTER TABLE cursors DROP COLUMN owner;
+    ALTER TABLE cursors DROP COLUMN expires_at; ALTER TABLE cursors DROP COLUMN paused;
+    DELETE FROM pulsebus_migrations WHERE version = 3;";
+
+async fn upgraded(store: &dyn EventStore) {
+    let letters = store.dead_letters(&DeadLetterFilter::default(), None, 9).await.unwrap();
+    assert_eq!(letters.len(), 1);
+    let letter = &letters[0];
+    assert_eq!((&*letter.handler, letter.position), ("search", Position(7)));
+    assert_eq!((&*letter.id, &*letter.kind, &*letter.key), ("an id", "A", "a key"));
+    assert_eq!((letter.attempts, letter.followers, letter.redrive), (3, 0, None));
+    assert_eq!((&*letter.failure.first_error, &*letter.failure.last_error), ("first", "last"));
+    assert_eq!(letter.failure.first_failed_at, datetime!(2026-01-02 03:04:05.000006 UTC));
+    assert_eq!(letter.failure.last_failed_at, datetime!(2026-01-02 03:04:06 UTC));
+    let claim = Claim {
+        handler: "search",
+        owner: "one",
+        ttl: Duration::from_secs(60),
+        start: Position::START,
+    };
+    let Claimed::Taken(tenure) = store.claim(claim).await.unwrap() else { panic!("held") };
+    assert_eq!((tenure.cursor, tenure.fresh, tenure.paused), (Position(9), false, false));
+    assert!(tenure.epoch.0 > 0);
+}
+
+#[tokio::test]
+async fn sqlite_dead_letters_of_version_2_are_kept() {
+    let sqlite = Sqlite(process::folder("sqlite").join("events.db"));
+    sqlite.open().await.close().await;
+    let back = format!(
+        "{BACK_TO_2} DROP TABLE epochs; {}; {VERSION_2}",
+        include_str!("../../src/store/migrations/sqlite/0002_dead_letters.sql")
+    );
+    sqlite.execute(&back).await;
+    upgraded(&*sqlite.open().await).await;
+    let url = format!("sqlite:{}", sqlite.0.display());
+    let mut connection = SqliteConnection::connect(&url).await.unwrap();
+    let row: (String, i64, String, String) =
+        sqlx::query_as("SELECT handler, position, last_error, first_failed_at FROM dead_letters")
+            .fetch_one(&mut connection)
+            .await
+            .unwrap();
+    let expected = ("search", 7, "last", "2026-01-02T03:04:05.000006Z");
+    assert_eq!((&*row.0, row.1, &*row.2, &*row.3), expected);
+}
+
+#[tokio::test]
+async fn postgres_dead_letters_of_version_2_are_kept() {
+    let database = Postgres::new().await;
+    database.open().await.close().await;
+    let back = format!(
+        "{BACK_TO_2} DROP SEQUENCE epochs; ALTER TABLE cursors DROP COLUMN write; {}; {VERSION_2}",
+        include_str!("../../src/store/migrations/postgres/0002_dead_letters.sql")
+    );
+    database.execute(&back).await;
+    upgraded(&*database.open().await).await;
+    let mut connection = PgConnection::connect(&database.0.url).await.unwrap();
+    let row: (String, i64, String) =
+        sqlx::query_as("SELECT handler, position, last_error FROM dead_letters")
+            .fetch_one(&mut connection)
+            .await
+            .unwrap();
+    assert_eq!((&*row.0, row.1, &*row.2), ("search", 7, "last"));
+}
+
+async fn something_waits(looking: &mut PgConnection) {
+    wait_until("something waits for a lock", async || {
+        let waiting: i64 = sqlx::query_scalar(
+            "SELECT count(*) FROM pg_stat_activity
+             WHERE datname = current_database() AND wait_event_type = 'Lock'",
+        )
+        .fetch_one(&mut *looking)
+        .await
+        .unwrap();
+        (waiting > 0).then_some(())
+    })
+    .await;
+}
+
+/// A checkpoint that was given up may still be at work when it is repeated with more that is
+/// done by now: what it adds while the other one waits for it is finished all the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn postgres_D3_a_checkpoint_waits_for_one_that_was_given_up() {
+    let database = Postgres::new().await;
+    let store = database.open().await;
+    let claim =
+        Claim { handler: "h", owner: "one", ttl: Duration::from_secs(60), start: Position::START };
+    let Claimed::Taken(tenure) = store.claim(claim).await.unwrap() else { panic!("held") };
+    let mut given_up = PgConnection::connect(&database.0.url).await.unwrap();
+    sqlx::raw_sql(
+        "BEGIN; UPDATE cursors SET position = 5, write = write + 1 WHERE handler = 'h';
+         INSERT INTO unfinished (handler, position, state, id, type, key, attempts)
+         VALUES ('h', 3, 'parked', 'id', 'A', 'k', 0)",
+    )
+    .execute(&mut given_up)
+    .await
+    .unwrap();
+    let mut repeated = JoinSet::new();
+    repeated.spawn({
+        let store = store.clone();
+        async move {
+            let finish = [progress::done(3)];
+            progress::save(&*store, "h", tenure.epoch, 6, finish).await
+        }
+    });
+    let mut looking = PgConnection::connect(&database.0.url).await.unwrap();
+    something_waits(&mut looking).await;
+    sqlx::raw_sql("COMMIT").execute(&mut given_up).await.unwrap();
+    repeated.join_next().await.unwrap().unwrap().unwrap();
+    assert_eq!(store.cursor("h").await.unwrap(), Some(Position(6)));
+    assert!(store.unfinished("h", Position::START, 9).await.unwrap().is_empty());
+
+    // The same, when it is a claim that it waited for: then it changes nothing.
+    sqlx::raw_sql("BEGIN; UPDATE cursors SET epoch = epoch + 1 WHERE handler = 'h'")
+        .execute(&mut given_up)
+        .await
+        .unwrap();
+    let mut fenced = JoinSet::new();
+    fenced.spawn({
+        let store = store.clone();
+        async move {
+            let keep = [Change::Keep(progress::dead(7))];
+            progress::save(&*store, "h", tenure.epoch, 7, keep).await
+        }
+    });
+    something_waits(&mut looking).await;
+    sqlx::raw_sql("COMMIT").execute(&mut given_up).await.unwrap();
+    let error = fenced.join_next().await.unwrap().unwrap().unwrap_err();
+    assert!(matches!(error, StoreError::Fenced(_)), "{error}");
+    assert_eq!(store.cursor("h").await.unwrap(), Some(Position(6)));
+    assert!(store.unfinished("h", Position::START, 9).await.unwrap().is_empty());
+}
+
+/// A checkpoint that was given up may reach the server when what followed it is long done: then
+/// it changes nothing, neither what it moves nor what it keeps.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn postgres_D3_a_checkpoint_that_comes_late_changes_nothing() {
+    let database = Postgres::new().await;
+    let store = database.open().await;
+    let claim =
+        Claim { handler: "h", owner: "one", ttl: Duration::from_secs(60), start: Position::START };
+    let Claimed::Taken(tenure) = store.claim(claim).await.unwrap() else { panic!("held") };
+    // Prepared on each connection, so that a checkpoint is on the server as a whole when it waits.
+    for _ in 0..8 {
+        progress::save(&*store, "h", tenure.epoch, 1, []).await.unwrap();
+        progress::save(&*store, "h", tenure.epoch, 1, [progress::done(9)]).await.unwrap();
+    }
+    for changes in [vec![], vec![Change::Keep(progress::dead(3))]] {
+        let mut lock = PgConnection::connect(&database.0.url).await.unwrap();
+        sqlx::raw_sql("BEGIN; LOCK TABLE cursors").execute(&mut lock).await.unwrap();
+        // It waits when it is given up, and begins when the lock is gone. What followed it is
+        // written by hand, in the transaction that it waits for.
+        let mut late = JoinSet::new();
+        late.spawn({
+            let store = store.clone();
+            async move { progress::save(&*store, "h", tenure.epoch, 5, changes).await }
+        });
+        let mut looking = PgConnection::connect(&database.0.url).await.unwrap();
+        something_waits(&mut looking).await;
+        late.shutdown().await;
+        sqlx::raw_sql("UPDATE cursors SET position = 6, write = 1000000000; COMMIT")
+            .execute(&mut lock)
+            .await
+            .unwrap();
+        wait_until("it is no longer at work", async || {
+            let busy: i64 = sqlx::query_scalar(
+                "SELECT count(*) FROM pg_stat_activity
+                 WHERE datname = current_database() AND state = 'active'
+                     AND pid <> pg_backend_pid()",
+            )
+            .fetch_one(&mut looking)
+            .await
+            .unwrap();
+            (busy == 0).then_some(())
+        })
+        .await;
+        assert_eq!(store.cursor("h").await.unwrap(), Some(Position(6)));
+        assert!(store.unfinished("h", Position::START, 9).await.unwrap().is_empty());
+        sqlx::raw_sql("UPDATE cursors SET write = 0").execute(&mut looking).await.unwrap();
+    }
+    progress::save(&*store, "h", tenure.epoch, 7, []).await.unwrap();
+}
+
+/// The plans of everything that is done with 100,000 dead letters, as the server chose them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn postgres_many_dead_letters_are_found_through_indexes() {
+    let server = postgres::PostgresServer::start().await;
+    connect(&server.url()).await.unwrap().close().await;
+    for sql in [
+        "INSERT INTO unfinished (handler, position, state, id, type, key, attempts, due_at,
+             last_error, last_failed_at, unpublished)
+         SELECT handler, n, state, n, 'T' || n % 10, 'k' || n % 1000, 1, now(), 'error ' || n,
+             now(), state = 'dead' AND n % 1000 = 7
+         FROM (VALUES ('h', 'dead', 100000), ('other', 'parked', 50000),
+             ('another', 'retrying', 50000)) AS rows(handler, state, many),
+             generate_series(1, many) AS n",
+        "VACUUM ANALYZE unfinished",
+        "ALTER DATABASE postgres SET session_preload_libraries = 'auto_explain'",
+        "ALTER DATABASE postgres SET auto_explain.log_min_duration = 0",
+    ] {
+        server.execute(sql).await;
+    }
+    let store = connect(&server.url()).await.unwrap();
+    let claim = Claim {
+        handler: "h",
+        owner: "one",
+        ttl: Duration::from_secs(60),
+        start: Position(100_000),
+    };
+    let Claimed::Taken(tenure) = store.claim(claim).await.unwrap() else { panic!("held") };
+    let mut read = server.log().len();
+    // Each plan is in the log before its statement is answered.
+    let mut expect = |what: &str, index: &str| {
+        let log = server.log();
+        let plans = &log[read..];
+        assert!(plans.contains(index), "{what}, not through {index}: {plans}");
+        assert!(!plans.contains("Seq Scan on unfinished"), "{what}: {plans}");
+        read = log.len();
+    };
+    let of = DeadLetterFilter { handler: Some("h".to_owned()), ..DeadLetterFilter::default() };
+    let text = |text: &str| Some(text.to_owned());
+    let filters = [
+        (
+            DeadLetterFilter { positions: vec![7, 9], ..of.clone() },
+            "(\"position\" = ANY ('{7,9}'::bigint[]))",
+        ),
+        (DeadLetterFilter { key: text("k1"), ..of.clone() }, "(\"left\"(key, 200) = 'k1'::text)"),
+        (DeadLetterFilter { kind: text("T1"), ..of.clone() }, "unfinished_dead_type"),
+        (DeadLetterFilter { error: text("77"), ..of.clone() }, "unfinished_dead"),
+        (of, "unfinished_dead"),
+        (DeadLetterFilter::default(), "unfinished_dead"),
+    ];
+    for (filter, index) in &filters {
+        let what = format!("{filter:?}");
+        store.dead_letters(filter, None, 100).await.unwrap();
+        expect(&what, index);
+        store.dead_letters(filter, Some(("h", Position(50_000))), 100).await.unwrap();
+        expect(&what, "unfinished_key");
+        store.count_dead_letters(filter).await.unwrap();
+        expect(&what, index);
+    }
+    // From few to many: a redrive leaves what the one before it has taken up. The last filter
+    // takes half of the table, and may as well read all of it.
+    for (filter, index) in filters.into_iter().take(5) {
+        let what = format!("{filter:?}");
+        let started = store
+            .start_redrive(&NewRedrive {
+                selection: Selection::DeadLetters(filter),
+                action: RedriveAction::Discard,
+                rate: None,
+                by: "a person".to_owned(),
+                reason: text("they are many"),
+            })
+            .await
+            .unwrap();
+        expect(&what, index);
+        store.redriven("h", 100).await.unwrap();
+        expect("redriven", "unfinished_redriven");
+        store.redrive(started.number).await.unwrap();
+        expect("one redrive", "unfinished_redrive");
+    }
+    store.unpublished("h", 100).await.unwrap();
+    expect("unpublished", "unfinished_unpublished");
+    store.unfinished("h", Position(5_000), 100).await.unwrap();
+    expect("unfinished", "unfinished_pkey");
+    let changes = (1..=500)
+        .map(progress::done)
+        .chain((1000..1500).map(|position| Change::Keep(progress::dead(position))));
+    progress::save(&store, "h", tenure.epoch, 100_001, changes).await.unwrap();
+    expect("a checkpoint", "unfinished_pkey");
+    let audit = AuditEntry::new("a person", "cancel", String::new(), &serde_json::json!({}));
+    store.cancel_redrive(1, &audit).await.unwrap();
+    expect("a cancelled redrive", "unfinished_redrive");
+    store.end_redrives().await.unwrap();
+    expect("redrives that end", "unfinished_redrive");
+    store.discard_orphans(&[]).await.unwrap();
+    expect("a discard", "unfinished_redrive");
 }

@@ -397,10 +397,23 @@ fn each_rule_names_the_key_and_what_to_do() {
             "handlers.h.window.events",
             "from 1",
         ),
+        ("handlers.h = { kind = \"log\", parked.total = 0 }", "handlers.h.parked.total", "from 1"),
         (
-            "handlers.h = { kind = \"log\", dead_letter = { transport = \"nats\" } }",
-            "handlers.h.dead_letter",
-            "not in this version yet",
+            "handlers.h = { kind = \"log\", dead_letter = { subject = \"x\" } }",
+            "handlers.h.dead_letter.transport",
+            "publish dead letters to",
+        ),
+        (
+            "transports.n = { kind = \"nats\", url = \"nats://127.0.0.1\" }\n\
+             handlers.h = { kind = \"log\", dead_letter = { transport = \"n\" } }",
+            "handlers.h.dead_letter.subject",
+            "name the subject",
+        ),
+        (
+            "transports.n = { kind = \"nats\", url = \"nats://127.0.0.1\" }\n\
+             handlers.h = { kind = \"log\", dead_letter = { transport = \"n\", subject = \"{x}\" } }",
+            "handlers.h.dead_letter.subject",
+            "{handler}",
         ),
         (
             "handlers.h = { kind = \"search\" }",

@@ -11,12 +11,13 @@ use super::{Check, server::index_path, word};
 use crate::{
     config::{
         raw::{
-            RawDocument, RawForwardFormat, RawHandler, RawHandlerKind, RawLogLevel, RawOnDead,
-            RawOrdering, RawRetry, RawStart,
+            RawDeadLetter, RawDocument, RawForwardFormat, RawHandler, RawHandlerKind, RawLogLevel,
+            RawOnDead, RawOrdering, RawRetry, RawStart,
         },
         settings::{
-            CheckpointSettings, ForwardFormat, ForwardSettings, HandlerKind, HandlerSettings,
-            INGEST, LogLevel, RetrySettings, TransportSettings, WindowSettings,
+            CheckpointSettings, DeadLetterSettings, ForwardFormat, ForwardSettings, HandlerKind,
+            HandlerSettings, INGEST, LogLevel, ParkedSettings, RetrySettings, TransportSettings,
+            WindowSettings,
         },
         text::Span,
     },
@@ -36,14 +37,12 @@ const ANY: &[&str] = &[
     "on_dead",
     "dead_letter",
     "window",
+    "parked",
     "checkpoint",
 ];
 const SEARCH: &[&str] = &["documents", "path", "commit_interval", "writer_memory", "language"];
 const FORWARD: &[&str] = &["transport", "subject", "exchange", "routing_key", "format"];
 const LOG: &[&str] = &["level"];
-const TO_NATS: &[&str] = &["transport", "subject", "format"];
-const TO_AMQP: &[&str] = &["transport", "exchange", "routing_key", "format"];
-const TO_MEMORY: &[&str] = &["transport", "subject", "format"];
 
 /// What the templates of a destination may hold.
 const FIELDS: &[&str] = &["type", "key", "source", "subject", "id"];
@@ -110,15 +109,14 @@ impl Check<'_> {
             None | Some(RawOrdering::Key) => Ordering::Key,
             Some(RawOrdering::None) => Ordering::None,
         };
-        if raw.dead_letter.is_some() {
-            self.wrong(
-                &key("dead_letter"),
-                "not in this version yet: dead letters stay in the store; take it out",
-            );
-        }
+        let dead_letter = raw
+            .dead_letter
+            .as_ref()
+            .and_then(|dead_letter| self.dead_letter(name, dead_letter, transports));
         let timeout = self.span(&key("timeout"), raw.timeout, Duration::from_secs(30));
         let retry = self.retry(name, raw.retry.as_ref());
         let window = self.window(name, raw);
+        let parked = self.parked(name, raw);
         let checkpoint = self.checkpoint(name, raw);
         let workers = self.number(&key("workers"), raw.workers, 4, 1..=1_024);
         let Some(kind) = raw.kind else {
@@ -164,7 +162,9 @@ impl Check<'_> {
                 (Some(RawOnDead::Park), _) | (None, Ordering::Key) => OnDead::Park,
                 (Some(RawOnDead::Continue), _) | (None, Ordering::None) => OnDead::Continue,
             },
+            dead_letter,
             window,
+            parked,
             checkpoint,
         })
     }
@@ -199,6 +199,16 @@ impl Check<'_> {
         WindowSettings {
             events: self.number(&key("events"), raw.events, default.events, 1..=1_000_000),
             bytes: self.size(&key("bytes"), raw.bytes, default.bytes, 1 << 20..=64 << 30),
+        }
+    }
+
+    fn parked(&mut self, name: &str, raw: &RawHandler) -> ParkedSettings {
+        let default = ParkedSettings::default();
+        let Some(raw) = &raw.parked else { return default };
+        let key = |key| ["handlers", name, "parked", key];
+        ParkedSettings {
+            per_key: self.number(&key("per_key"), raw.per_key, default.per_key, 1..=10_000_000),
+            total: self.number(&key("total"), raw.total, default.total, 1..=10_000_000),
         }
     }
 
@@ -350,29 +360,81 @@ impl Check<'_> {
             self.missing(&key("transport"), "name one of [transports] to publish to");
             return None;
         };
-        let (address, exchange) = match transports.get(transport) {
+        let to = To {
+            subject: raw.subject.as_deref(),
+            exchange: raw.exchange.as_deref(),
+            routing_key: raw.routing_key.as_deref(),
+        };
+        let beside = [ANY, &["transport", "format"]].concat();
+        let (address, exchange) =
+            self.destination(&table, transport, to, &beside, FIELDS, transports)?;
+        Some(ForwardSettings {
+            transport: Arc::from(transport),
+            address,
+            exchange,
+            format: ForwardFormat::Verbatim,
+        })
+    }
+
+    fn dead_letter(
+        &mut self,
+        name: &str,
+        raw: &RawDeadLetter,
+        transports: &BTreeMap<Arc<str>, TransportSettings>,
+    ) -> Option<DeadLetterSettings> {
+        let table = ["handlers", name, "dead_letter"];
+        let Some(transport) = raw.transport.as_deref() else {
+            let path = ["handlers", name, "dead_letter", "transport"];
+            self.missing(&path, "name one of [transports] to publish dead letters to");
+            return None;
+        };
+        let to = To {
+            subject: raw.subject.as_deref(),
+            exchange: raw.exchange.as_deref(),
+            routing_key: raw.routing_key.as_deref(),
+        };
+        let fields = [FIELDS, &["handler"]].concat();
+        let (address, exchange) =
+            self.destination(&table, transport, to, &["transport"], &fields, transports)?;
+        Some(DeadLetterSettings { transport: Arc::from(transport), address, exchange })
+    }
+
+    /// Where something is published: the address, and the exchange where there is one. `beside`
+    /// are the keys of the table that say something else.
+    fn destination(
+        &mut self,
+        table: &[&str],
+        transport: &str,
+        to: To<'_>,
+        beside: &[&str],
+        fields: &[&str],
+        transports: &BTreeMap<Arc<str>, TransportSettings>,
+    ) -> Option<(String, Option<String>)> {
+        let key = |key| [table, &[key]].concat();
+        match transports.get(transport) {
             Some(TransportSettings::Nats(_)) => {
-                self.only(&table, &[ANY, TO_NATS], "when forwarding to NATS");
-                (self.subject_template(name, raw), None)
+                self.only(table, &[beside, &["subject"]], "when forwarding to NATS");
+                Some((self.subject_template(&key("subject"), to.subject, fields), None))
             }
             Some(TransportSettings::Memory) => {
-                self.only(&table, &[ANY, TO_MEMORY], "when forwarding within the process");
-                (self.subject_template(name, raw), None)
+                self.only(table, &[beside, &["subject"]], "when forwarding within the process");
+                Some((self.subject_template(&key("subject"), to.subject, fields), None))
             }
             Some(TransportSettings::Amqp(_)) => {
-                self.only(&table, &[ANY, TO_AMQP], "when forwarding to RabbitMQ");
-                if raw.exchange.is_none() {
+                let known: &[&str] = &["exchange", "routing_key"];
+                self.only(table, &[beside, known], "when forwarding to RabbitMQ");
+                if to.exchange.is_none() {
                     self.missing(
                         &key("exchange"),
                         "name the exchange; \"\" is the default exchange, whose routing keys are \
                          queue names",
                     );
                 }
-                let exchange = raw.exchange.clone().unwrap_or_default();
-                let routing_key = raw.routing_key.clone().unwrap_or_else(|| "{type}".to_owned());
-                self.template(&key("exchange"), &exchange);
-                self.template(&key("routing_key"), &routing_key);
-                (routing_key, Some(exchange))
+                let exchange = to.exchange.unwrap_or_default().to_owned();
+                let routing_key = to.routing_key.unwrap_or("{type}").to_owned();
+                self.template(&key("exchange"), &exchange, fields);
+                self.template(&key("routing_key"), &routing_key, fields);
+                Some((routing_key, Some(exchange)))
             }
             Some(TransportSettings::Http(_)) => {
                 self.wrong(
@@ -382,46 +444,39 @@ impl Check<'_> {
                          version yet; forward to nats or amqp"
                     ),
                 );
-                return None;
+                None
             }
             None if transport == INGEST => {
                 self.wrong(
                     &key("transport"),
                     "`http` is where events come in; forward to one of [transports]",
                 );
-                return None;
+                None
             }
             None => {
                 self.known(&key("transport"), transport, transports, None);
-                return None;
+                None
             }
-        };
-        Some(ForwardSettings {
-            transport: Arc::from(transport),
-            address,
-            exchange,
-            format: ForwardFormat::Verbatim,
-        })
+        }
     }
 
-    fn subject_template(&mut self, name: &str, raw: &RawHandler) -> String {
-        let path = ["handlers", name, "subject"];
-        match raw.subject.as_deref() {
+    fn subject_template(&mut self, path: &[&str], given: Option<&str>, fields: &[&str]) -> String {
+        match given {
             None | Some("") => {
-                self.missing(&path, "name the subject, as in \"mirror.{type}\"");
+                self.missing(path, "name the subject, as in \"mirror.{type}\"");
                 String::new()
             }
             Some(subject) => {
-                self.template(&path, subject);
+                self.template(path, subject, fields);
                 if subject.contains(['*', '>']) || subject.contains(char::is_whitespace) {
-                    self.wrong(&path, "has wildcards or spaces; a message goes to one subject");
+                    self.wrong(path, "has wildcards or spaces; a message goes to one subject");
                 }
                 subject.to_owned()
             }
         }
     }
 
-    fn template(&mut self, path: &[&str], template: &str) {
+    fn template(&mut self, path: &[&str], template: &str, fields: &[&str]) {
         let mut rest = template;
         while let Some(at) = rest.find(['{', '}']) {
             let end = rest[at..].find('}').filter(|_| rest[at..].starts_with('{'));
@@ -430,19 +485,25 @@ impl Check<'_> {
                 return;
             };
             let field = &rest[at + 1..at + end];
-            if !FIELDS.contains(&field) {
-                let near = crate::config::error::did_you_mean(field, FIELDS.iter().copied());
+            if !fields.contains(&field) {
+                let near = crate::config::error::did_you_mean(field, fields.iter().copied());
+                let known: Vec<_> = fields.iter().map(|field| format!("{{{field}}}")).collect();
                 self.wrong(
                     path,
-                    format!(
-                        "unknown field `{{{field}}}`; there are {{type}}, {{key}}, {{source}}, \
-                         {{subject}} and {{id}}{near}"
-                    ),
+                    format!("unknown field `{{{field}}}`; there are {}{near}", known.join(", ")),
                 );
             }
             rest = &rest[at + end + 1..];
         }
     }
+}
+
+/// What an address is made of.
+#[derive(Clone, Copy)]
+struct To<'a> {
+    subject: Option<&'a str>,
+    exchange: Option<&'a str>,
+    routing_key: Option<&'a str>,
 }
 
 /// What runs when no handler is configured: EduPulse's lessons. Its quizzes are not in it:

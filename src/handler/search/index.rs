@@ -24,9 +24,9 @@ use super::{SearchError, mapping::Mapping, sealed::Sealed};
 use crate::event::Position;
 
 /// The index proper, within the handler's folder.
-const INDEX: &str = "index";
+pub(super) const INDEX: &str = "index";
 /// What is being removed; left behind by a crash, the next start removes it.
-const STALE: &str = "stale";
+pub(super) const STALE: &str = "stale";
 const LOCK: &str = "lock";
 
 /// Turns a folder into a directory; tests put faults in between.
@@ -229,7 +229,7 @@ pub(super) fn is_machine(error: &TantivyError) -> bool {
     }
 }
 
-fn remove(path: &Path) -> io::Result<()> {
+pub(super) fn remove(path: &Path) -> io::Result<()> {
     let removed = match fs::symlink_metadata(path) {
         Ok(found) if found.is_dir() => fs::remove_dir_all(path),
         Ok(_) => fs::remove_file(path),

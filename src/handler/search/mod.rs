@@ -26,18 +26,28 @@
 mod index;
 mod mapping;
 mod query;
+mod rebuild;
 mod sealed;
 mod writer;
 
 pub use query::{Hit, MAX_LIMIT, MAX_OFFSET, MAX_QUERY_BYTES, SearchPage, SearchQuery};
 
-use std::{borrow::Cow, collections::BTreeMap, fmt, io, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    borrow::Cow,
+    collections::BTreeMap,
+    fmt, io,
+    path::PathBuf,
+    sync::{Arc, PoisonError, RwLock},
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use tantivy::{Index, IndexReader, TantivyError};
 
 use self::{mapping::Mapping, writer::Writer};
-use super::{Batching, EventHandler, HandlerError, Outcome, pointer::ParsePointerError};
+use super::{
+    Batching, EventHandler, HandlerError, Outcome, Rebuildable, pointer::ParsePointerError,
+};
 use crate::event::{Position, StoredEvent};
 
 /// The least memory an index writer works with, in bytes.
@@ -198,18 +208,25 @@ pub enum SearchError {
 /// what was committed last. Dropped, it waits for that thread and forgets what was not flushed.
 pub struct SearchHandler {
     name: String,
+    options: SearchOptions,
+    mapping: Arc<Mapping>,
+    shelf: RwLock<Shelf>,
+    /// `None` only while one index takes the place of another.
+    writer: RwLock<Option<Arc<Writer>>>,
+}
+
+/// What searches look at.
+#[derive(Clone)]
+struct Shelf {
     index: Index,
     reader: IndexReader,
-    mapping: Arc<Mapping>,
-    commit_interval: Duration,
-    writer: Writer,
 }
 
 impl fmt::Debug for SearchHandler {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("SearchHandler")
             .field("name", &self.name)
-            .field("committed", &self.writer.committed())
+            .field("path", &self.options.path)
             .finish_non_exhaustive()
     }
 }
@@ -225,30 +242,36 @@ impl SearchHandler {
         Self::open_in(name.into(), options, &index::mmap)
     }
 
-    #[expect(clippy::needless_pass_by_value, reason = "the options are the handler's from now on")]
     fn open_in(
         name: String,
         options: SearchOptions,
         directory: &index::OpenDirectory,
     ) -> Result<Self, SearchError> {
-        let mapping = check(&options)?;
-        let opened = index::open(&name, &options.path, &mapping, directory)?;
-        let (index, reader) = (opened.index.clone(), opened.reader.clone());
-        let mapping = Arc::new(mapping);
-        let writer = Writer::start(&name, opened, Arc::clone(&mapping), options.writer_memory)?;
-        Ok(Self { name, index, reader, mapping, commit_interval: options.commit_interval, writer })
+        let mapping = Arc::new(check(&options)?);
+        let (shelf, writer) = start(&name, &options, &mapping, directory)?;
+        let (shelf, writer) = (RwLock::new(shelf), RwLock::new(Some(Arc::new(writer))));
+        Ok(Self { name, options, mapping, shelf, writer })
+    }
+
+    fn shelf(&self) -> Shelf {
+        self.shelf.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn writer(&self) -> Result<Arc<Writer>, HandlerError> {
+        let writer = self.writer.read().unwrap_or_else(PoisonError::into_inner);
+        writer.clone().ok_or_else(|| HandlerError::new("the search index is being exchanged"))
     }
 
     /// How often it wants to be flushed while there is something to flush.
     #[must_use]
     pub const fn commit_interval(&self) -> Duration {
-        self.commit_interval
+        self.options.commit_interval
     }
 
     /// How many documents there are, as of the last commit.
     #[must_use]
     pub fn documents(&self) -> u64 {
-        self.reader.searcher().num_docs()
+        self.shelf().reader.searcher().num_docs()
     }
 
     /// Searches what was committed last, on a thread for blocking work.
@@ -259,12 +282,26 @@ impl SearchHandler {
     /// [`SearchError::Query`] where the query asks for too much, and otherwise where the index
     /// cannot be read. No query is a syntax error.
     pub async fn search(&self, query: &SearchQuery) -> Result<SearchPage, SearchError> {
-        let (index, searcher) = (self.index.clone(), self.reader.searcher());
+        let Shelf { index, reader } = self.shelf();
+        let searcher = reader.searcher();
         let (mapping, query) = (Arc::clone(&self.mapping), query.clone());
         tokio::task::spawn_blocking(move || query::run(&index, &searcher, &mapping, &query))
             .await
             .unwrap_or_else(|error| Err(SearchError::Cut(error.to_string())))
     }
+}
+
+/// Opens the index, and starts the thread that writes to it.
+fn start(
+    name: &str,
+    options: &SearchOptions,
+    mapping: &Arc<Mapping>,
+    directory: &index::OpenDirectory,
+) -> Result<(Shelf, Writer), SearchError> {
+    let opened = index::open(name, &options.path, mapping, directory)?;
+    let shelf = Shelf { index: opened.index.clone(), reader: opened.reader.clone() };
+    let writer = Writer::start(name, opened, Arc::clone(mapping), options.writer_memory)?;
+    Ok((shelf, writer))
 }
 
 /// Finds what is wrong with the options without touching the disk.
@@ -296,6 +333,10 @@ impl EventHandler for SearchHandler {
         "search"
     }
 
+    fn has_side_effects(&self) -> bool {
+        false
+    }
+
     fn batching(&self) -> Batching {
         Batching::InOrder(BATCH)
     }
@@ -307,22 +348,29 @@ impl EventHandler for SearchHandler {
     }
 
     async fn handle(&self, event: &StoredEvent) -> Outcome {
-        let outcome = self.writer.apply(vec![Arc::new(event.clone())]).await.pop();
+        let outcome = self.handle_batch(&[Arc::new(event.clone())]).await.pop();
         outcome.unwrap_or_else(|| Outcome::retry("the search index gave no answer"))
     }
 
     async fn handle_batch(&self, events: &[Arc<StoredEvent>]) -> Vec<Outcome> {
-        self.writer.apply(events.to_vec()).await
+        match self.writer() {
+            Ok(writer) => writer.apply(events.to_vec()).await,
+            Err(error) => events.iter().map(|_| Outcome::unavailable(error.clone())).collect(),
+        }
     }
 
     /// The payload of the last commit; [`Position::START`] for an index that is new or is
     /// being built anew, so that it is filled from the log whatever the store's cursor says.
     async fn position(&self) -> Result<Option<Position>, HandlerError> {
-        Ok(Some(self.writer.committed()))
+        Ok(Some(self.writer()?.committed()))
     }
 
     async fn flush(&self, upto: Position) -> Result<(), HandlerError> {
-        self.writer.flush(upto).await
+        self.writer()?.flush(upto).await
+    }
+
+    fn rebuildable(&self) -> Option<&dyn Rebuildable> {
+        Some(self)
     }
 }
 

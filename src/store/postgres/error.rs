@@ -102,7 +102,7 @@ pub(super) fn opening(error: &sqlx::Error, place: &str) -> StoreError {
             Class::Store(StoreError::Unavailable(reason) | StoreError::Misconfigured(reason)) => {
                 StoreError::unavailable(format_args!("cannot connect to {place}: {reason}"))
             }
-            Class::Store(error @ StoreError::Fatal(_)) => error,
+            Class::Store(error @ (StoreError::Fatal(_) | StoreError::Fenced(_))) => error,
             Class::Refused(reason) => {
                 StoreError::misconfigured(format_args!("cannot connect to {place}: {reason}"))
             }

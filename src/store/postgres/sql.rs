@@ -108,11 +108,15 @@ pub(super) fn list(query: &Query) -> String {
     )
 }
 
-pub(super) const SAVE_CURSORS: &str = "
-    INSERT INTO cursors (handler, position, updated_at)
-    SELECT handler, position, $3 FROM unnest($1::text[], $2::bigint[]) AS r(handler, position)
-    ON CONFLICT (handler) DO UPDATE
-    SET position = excluded.position, updated_at = excluded.updated_at";
+/// As [`READ`], for positions that may lie apart.
+pub(super) const GET: &str = concat!(
+    "SELECT ",
+    columns!(),
+    " FROM (SELECT *, octet_length(body::text) AS size,
+                   sum(octet_length(body::text)) OVER (ORDER BY position) AS total
+            FROM events WHERE position = ANY($1)) AS page
+      WHERE total <= $2 OR total = size ORDER BY position"
+);
 
 /// The length of a value is known without reading it.
 pub(super) const QUARANTINE: &str = "

@@ -3,6 +3,7 @@
 mod access;
 mod ingest;
 mod read;
+mod redrive;
 mod status;
 mod stream;
 
@@ -30,10 +31,10 @@ use tokio_util::sync::CancellationToken;
 use crate::support::{PATIENCE, daemon::http, wait_until};
 
 /// An API server over a bus of its own, in this process.
-struct Server {
-    url: String,
+pub(crate) struct Server {
+    pub(crate) url: String,
     port: u16,
-    bus: EventBus,
+    pub(crate) bus: EventBus,
     http: reqwest::Client,
     stop: CancellationToken,
     tasks: JoinSet<std::io::Result<()>>,
@@ -41,13 +42,18 @@ struct Server {
 
 impl Server {
     /// Over an empty log in memory.
-    async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         Self::with(MemoryStore::new(), |_| {}).await
     }
 
     /// Over this store, with other bounds.
     async fn with(store: impl EventStore, tweak: impl FnOnce(&mut ApiOptions)) -> Self {
-        let bus = EventBus::builder().store(store).build().await.unwrap();
+        Self::over(Arc::new(store), tweak).await
+    }
+
+    /// The same, over a store that outlives it.
+    async fn over(store: Arc<dyn EventStore>, tweak: impl FnOnce(&mut ApiOptions)) -> Self {
+        let bus = EventBus::builder().shared_store(store).build().await.unwrap();
         let transport = HttpTransport::new(64 << 20);
         let ingress = transport.ingress();
         bus.add_source(Source {
@@ -122,8 +128,13 @@ impl Server {
         self.http.post(self.at("/v1/events")).body(body)
     }
 
+    /// Tells it to do something.
+    fn order(&self, path: &str, order: &Value) -> RequestBuilder {
+        self.http.post(self.at(path)).json(order)
+    }
+
     /// JSON of a path.
-    async fn json(&self, path: &str) -> Value {
+    pub(crate) async fn json(&self, path: &str) -> Value {
         let answer = self.get(path).send().await.unwrap();
         assert_eq!(answer.status(), StatusCode::OK, "{path}");
         assert_eq!(content_type(&answer), "application/json", "{path}");
@@ -131,7 +142,7 @@ impl Server {
     }
 
     /// Posts events of this type and key, ids made of both and a number.
-    async fn fill(&self, kind: &str, key: &str, count: usize) {
+    pub(crate) async fn fill(&self, kind: &str, key: &str, count: usize) {
         let events: Vec<_> = (0..count)
             .map(
                 |n| json!({"id": format!("{kind}-{key}-{n}"), "type": kind, "key": key, "data": n}),
@@ -147,7 +158,7 @@ async fn answer(request: RequestBuilder) -> Value {
     let answer = request.send().await.unwrap();
     let status = answer.status();
     let text = answer.text().await.unwrap();
-    assert_eq!(status, StatusCode::OK, "{text}");
+    assert!(status.is_success(), "{status}: {text}");
     serde_json::from_str(&text).unwrap()
 }
 

@@ -6,127 +6,26 @@ use std::sync::{
 };
 
 use async_trait::async_trait;
-use bytes::Bytes;
 use pulsebus::{
     dispatch::HandlerOptions,
     event::{Position, StoredEvent},
     handler::{EventHandler, Outcome},
-    store::{
-        Batch, DeadLetter, EventStore, Limit, QuarantineEntry, Query, StoreError,
-        memory::MemoryStore,
-    },
-    transport::{Mark, Receipt},
+    store::memory::MemoryStore,
 };
 use reqwest::StatusCode;
 use serde_json::Value;
 
 use super::{Server, answer, content_type, problem};
-use crate::support::wait_until;
+use crate::support::{
+    faulty::{Fate, Faulty},
+    wait_until,
+};
 
 /// A store that can be away.
-struct Away {
-    store: MemoryStore,
-    away: Arc<AtomicBool>,
-}
-
-impl Away {
-    fn check(&self) -> Result<(), StoreError> {
-        if self.away.load(SeqCst) {
-            Err(StoreError::unavailable("pulled the plug"))
-        } else {
-            Ok(())
-        }
-    }
-}
-
-#[async_trait]
-impl EventStore for Away {
-    fn kind(&self) -> &'static str {
-        "away"
-    }
-
-    async fn append(&self, batch: &Batch) -> Result<Vec<Receipt>, StoreError> {
-        self.check()?;
-        self.store.append(batch).await
-    }
-
-    async fn head(&self) -> Result<Position, StoreError> {
-        self.check()?;
-        self.store.head().await
-    }
-
-    async fn read(
-        &self,
-        after: Position,
-        limit: Limit,
-    ) -> Result<Vec<Arc<StoredEvent>>, StoreError> {
-        self.check()?;
-        self.store.read(after, limit).await
-    }
-
-    async fn list(&self, query: &Query) -> Result<Vec<Arc<StoredEvent>>, StoreError> {
-        self.check()?;
-        self.store.list(query).await
-    }
-
-    async fn find(&self, source: &str, id: &str) -> Result<Option<Arc<StoredEvent>>, StoreError> {
-        self.check()?;
-        self.store.find(source, id).await
-    }
-
-    async fn mark(&self, source: &str) -> Result<Option<Mark>, StoreError> {
-        self.check()?;
-        self.store.mark(source).await
-    }
-
-    async fn cursor(&self, handler: &str) -> Result<Option<Position>, StoreError> {
-        self.check()?;
-        self.store.cursor(handler).await
-    }
-
-    async fn save_cursors(&self, cursors: &[(Arc<str>, Position)]) -> Result<(), StoreError> {
-        self.check()?;
-        self.store.save_cursors(cursors).await
-    }
-
-    async fn bury(&self, letters: &[DeadLetter]) -> Result<(), StoreError> {
-        self.check()?;
-        self.store.bury(letters).await
-    }
-
-    async fn dead_letters(
-        &self,
-        handler: Option<&str>,
-        after: u64,
-        limit: usize,
-    ) -> Result<Vec<DeadLetter>, StoreError> {
-        self.check()?;
-        self.store.dead_letters(handler, after, limit).await
-    }
-
-    async fn quarantine(
-        &self,
-        after: u64,
-        limit: usize,
-    ) -> Result<Vec<QuarantineEntry>, StoreError> {
-        self.check()?;
-        self.store.quarantine(after, limit).await
-    }
-
-    async fn quarantine_entry(
-        &self,
-        number: u64,
-    ) -> Result<Option<(QuarantineEntry, Bytes)>, StoreError> {
-        self.check()?;
-        self.store.quarantine_entry(number).await
-    }
-
-    async fn quarantine_len(&self) -> Result<u64, StoreError> {
-        self.check()?;
-        self.store.quarantine_len().await
-    }
-
-    async fn close(&self) {}
+fn unplugged(away: &Arc<AtomicBool>) -> Faulty {
+    let away = Arc::clone(away);
+    let fate = move |_: &str| if away.load(SeqCst) { Fate::Before } else { Fate::Pass };
+    Faulty::new(Arc::new(MemoryStore::new()), fate)
 }
 
 /// A handler that answers as it is told.
@@ -160,7 +59,7 @@ fn component<'a>(readiness: &'a Value, name: &str) -> &'a Value {
 #[tokio::test]
 async fn G8_a_store_that_is_away_is_said_and_comes_back() {
     let away = Arc::new(AtomicBool::new(false));
-    let store = Away { store: MemoryStore::new(), away: Arc::clone(&away) };
+    let store = unplugged(&away);
     let server = Server::with(store, |_| {}).await;
     away.store(true, SeqCst);
     let (http, url) = (server.http.clone(), server.at("/v1/events"));
@@ -176,7 +75,7 @@ async fn G8_a_store_that_is_away_is_said_and_comes_back() {
     .await;
     let store = component(&readiness_while_away, "store");
     assert_eq!((&store["health"], &store["state"]), (&"not_ready".into(), &"waiting".into()));
-    assert!(store["reason"].as_str().unwrap().contains("pulled the plug"), "{store}");
+    assert!(store["reason"].as_str().unwrap().contains("unplugged"), "{store}");
     wait_until("the source is paused", async || {
         let sources = server.json("/v1/sources").await;
         (sources["sources"][0]["state"] == "paused").then_some(())
@@ -200,7 +99,7 @@ async fn G8_a_store_that_is_away_is_said_and_comes_back() {
 #[tokio::test]
 async fn G1_a_commit_that_takes_too_long_is_not_acknowledged() {
     let away = Arc::new(AtomicBool::new(false));
-    let store = Away { store: MemoryStore::new(), away: Arc::clone(&away) };
+    let store = unplugged(&away);
     let timeout = std::time::Duration::from_millis(300);
     let server = Server::with(store, |options| options.timeout = timeout).await;
     away.store(true, SeqCst);

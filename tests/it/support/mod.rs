@@ -1,11 +1,14 @@
 //! Private servers and broken networks.
 
 pub(crate) mod daemon;
+pub(crate) mod faulty;
 pub(crate) mod nats;
+pub(crate) mod picky;
 pub(crate) mod postgres;
 pub(crate) mod process;
 pub(crate) mod proxy;
 pub(crate) mod rabbit;
+pub(crate) mod random;
 
 pub(crate) use self::process::free_port;
 

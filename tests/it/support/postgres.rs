@@ -118,6 +118,11 @@ impl PostgresServer {
         }
     }
 
+    /// What it has said so far.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.folder.join("log")).expect("a log")
+    }
+
     /// Runs a statement.
     pub async fn execute(&self, sql: &str) {
         let mut connection = PgConnection::connect(&self.url()).await.expect("a connection");

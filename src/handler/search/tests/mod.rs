@@ -414,7 +414,7 @@ async fn searches_go_on_while_it_is_written() {
         }
     };
     let searching = async {
-        while handler.writer.committed() < Position(1_000) {
+        while handler.writer().unwrap().committed() < Position(1_000) {
             let page = handler.search(&SearchQuery::new("rust")).await.unwrap();
             // Each commit replaces all fifty: never some of the old and some of the new.
             assert!(page.total == 0 || page.total == 50, "{}", page.total);

@@ -1,0 +1,552 @@
+//! The task that owns a handler's cursor, window, lanes and rows.
+
+mod outcomes;
+mod progress;
+mod reading;
+mod redrive;
+mod tell;
+
+use std::{
+    panic::AssertUnwindSafe,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use futures_util::{FutureExt as _, future::BoxFuture};
+use rustc_hash::FxHashMap;
+use tokio::{
+    sync::{Notify, mpsc, oneshot, watch},
+    task::JoinSet,
+};
+use tokio_util::sync::CancellationToken;
+
+use self::{progress::Saving, redrive::Redriving};
+use super::{
+    HandlerOptions, HandlerState, HandlerStatus, OnDead, Ordering,
+    burial::Burial,
+    counters::Counters,
+    filter::CachedFilter,
+    journal::Journal,
+    lanes::{Entry, Item, LaneId, Lanes, Turn, lane_of},
+    outage::{Outage, Trouble},
+    resume::Resumed,
+    window::Window,
+    worker::{Report, Worker},
+};
+use crate::{
+    event::{Position, StoredEvent},
+    handler::{Batching, EventHandler},
+    retry::RetryPolicy,
+    store::{
+        Log, StoreError,
+        progress::{AuditEntry, Epoch, Standing, Unfinished},
+    },
+    telemetry::Metrics,
+};
+
+/// What a runner needs.
+#[derive(Clone)]
+pub(crate) struct Setup {
+    pub(crate) name: Arc<str>,
+    pub(crate) handler: Arc<dyn EventHandler>,
+    pub(crate) options: HandlerOptions,
+    pub(crate) workers: usize,
+    pub(crate) log: Arc<Log>,
+    pub(crate) status: Arc<HandlerStatus>,
+    pub(crate) metrics: Metrics,
+    /// Who claims handlers: this process.
+    pub(crate) owner: Arc<str>,
+    /// How long a claim holds without being renewed, where several processes share a store.
+    pub(crate) lease: Duration,
+    pub(crate) stop: CancellationToken,
+}
+
+/// What a runner can be told.
+#[derive(Debug)]
+pub(crate) enum Command {
+    /// A person has paused it, or let it go on.
+    Pause(bool),
+    /// There may be something to redrive.
+    Redrive,
+    /// The cursor is to be moved.
+    Rewind { to: Position, audit: AuditEntry, done: oneshot::Sender<Result<(), String>> },
+}
+
+/// How a runner ended.
+enum End {
+    /// It was stopped.
+    Stopped,
+    /// It begins anew with what the store says.
+    Anew,
+    /// Somebody else has the handler, in a store that only one process may use at a time.
+    Displaced,
+}
+
+/// Runs a handler until `stop` is cancelled; then lets what runs end, checkpoints, and returns.
+/// Dropped instead, it leaves its progress as it was last saved.
+///
+/// Calls of the handler are isolated in its workers; a panic anywhere else of its code (`lane`,
+/// `position`, `batching`) starts it again from its saved progress.
+pub(crate) async fn run(setup: Setup, mut commands: mpsc::UnboundedReceiver<Command>) {
+    let mut delays = RetryPolicy::reconnect().start();
+    loop {
+        let (stop, start) = (setup.stop.clone(), setup.clone());
+        let attempt = async {
+            let mut starting = std::pin::pin!(Runner::start(start));
+            let mut paused = None;
+            let mut runner = loop {
+                tokio::select! {
+                    runner = &mut starting => break runner,
+                    () = stop.cancelled() => return End::Stopped,
+                    Some(command) = commands.recv() => match command {
+                        // Newer than what the claim said.
+                        Command::Pause(told) => paused = Some(told),
+                        Command::Rewind { done, .. } => {
+                            let reason = "it has not started, or another process runs it";
+                            let _ = done.send(Err(reason.to_owned()));
+                        }
+                        // Every runner looks when it starts.
+                        Command::Redrive => {}
+                    },
+                }
+            };
+            runner.paused = paused.unwrap_or(runner.paused);
+            runner.work(&mut commands).await
+        };
+        match AssertUnwindSafe(attempt).catch_unwind().await {
+            Ok(End::Stopped) => break,
+            Ok(End::Anew) => continue,
+            Ok(End::Displaced) => {
+                let reason = "another pulsebus has opened the same store and runs it now: stop \
+                              one of them, then restart the other";
+                setup.status.set_state(HandlerState::Failed(reason.to_owned()));
+                setup.stop.cancelled().await;
+                break;
+            }
+            Err(_) => {}
+        }
+        let reason = "the handler's code panicked outside of a call; it is started again";
+        setup.status.set_state(HandlerState::Failed(reason.to_owned()));
+        let pause = tokio::time::sleep(delays.next_delay());
+        if setup.stop.run_until_cancelled(pause).await.is_none() {
+            break;
+        }
+    }
+    setup.status.set_state(HandlerState::Stopped);
+}
+
+struct Runner {
+    name: Arc<str>,
+    handler: Arc<dyn EventHandler>,
+    batching: Batching,
+    options: HandlerOptions,
+    log: Arc<Log>,
+    head: watch::Receiver<Position>,
+    status: Arc<HandlerStatus>,
+    stop: CancellationToken,
+
+    epoch: Epoch,
+    lease: Option<Lease>,
+    paused: bool,
+    filter: CachedFilter,
+    window: Window,
+    lanes: Lanes,
+    journal: Journal,
+    /// Rows above the cursor: what they say counts when reading gets there.
+    ahead: FxHashMap<Position, Unfinished>,
+    outage: Option<Outage>,
+    read_trouble: Option<Trouble>,
+    save_trouble: Option<Trouble>,
+    redriving: Redriving,
+    /// Tells the task that publishes dead letters, where there is one.
+    buried: Option<Arc<Notify>>,
+    rewind: Option<Rewind>,
+    draining: bool,
+    /// Somebody else has claimed the handler.
+    fenced: bool,
+
+    feeds: Vec<mpsc::Sender<Vec<Item>>>,
+    idle: Vec<usize>,
+    reports: mpsc::UnboundedReceiver<Report>,
+    /// Ends the workers when the runner is dropped.
+    workers: JoinSet<()>,
+    chunk: usize,
+
+    reading: Option<BoxFuture<'static, Result<Vec<Arc<StoredEvent>>, StoreError>>>,
+    loading: Option<BoxFuture<'static, Loaded>>,
+    saving: Option<Saving>,
+    saved: Position,
+    saved_at: Option<Instant>,
+    told_at: Instant,
+    told_state: &'static str,
+    /// The numbers have been held back since `told_at`.
+    untold: bool,
+    counters: Counters,
+}
+
+/// What was asked for by position, and what came.
+type Loaded = (Vec<(Position, LaneId)>, Result<Vec<Arc<StoredEvent>>, StoreError>);
+
+/// A claim that ends unless it is renewed.
+struct Lease {
+    length: Duration,
+    /// Nothing is begun from then on.
+    until: Instant,
+    /// When it is to be renewed.
+    next: Instant,
+    renewing: Option<BoxFuture<'static, (Instant, Result<bool, StoreError>)>>,
+}
+
+/// A cursor that is to be moved, once nothing runs.
+struct Rewind {
+    to: Position,
+    audit: AuditEntry,
+    done: oneshot::Sender<Result<(), String>>,
+}
+
+impl Runner {
+    /// Claims the handler and finds where it goes on, for as long as that takes.
+    async fn start(setup: Setup) -> Self {
+        let Setup { name, handler, options, workers, log, status, metrics, owner, lease, stop } =
+            setup;
+        let mut delays = RetryPolicy::reconnect().start();
+        let (asked, resumed) = loop {
+            let asked = Instant::now();
+            match Resumed::find(&name, &*handler, &options, &log, &owner, lease).await {
+                Ok(found) => break (asked, found),
+                Err(state) => status.set_state(state),
+            }
+            tokio::time::sleep(delays.next_delay().min(lease / 5)).await;
+        };
+        let Resumed { epoch, cursor, paused, rows } = resumed;
+        status.set_position(cursor);
+        let lease = log.store().is_shared().then(|| Lease {
+            length: lease,
+            until: asked + lease,
+            next: asked + lease / 3,
+            renewing: None,
+        });
+        let batching = handler.batching();
+        let (report_to, reports) = mpsc::unbounded_channel();
+        let mut tasks = JoinSet::new();
+        let workers = options.workers.unwrap_or(workers).max(1);
+        let feeds = (0..workers)
+            .map(|number| {
+                let (feed, chunks) = mpsc::channel(1);
+                let worker = Worker {
+                    number,
+                    handler: Arc::clone(&handler),
+                    batching,
+                    timeout: options.timeout,
+                    chunks,
+                    reports: report_to.clone(),
+                };
+                tasks.spawn(worker.run());
+                feed
+            })
+            .collect();
+        let buried = options.dead_letter.as_ref().map(|destination| {
+            let buried = Arc::new(Notify::new());
+            let burial = Burial {
+                name: Arc::clone(&name),
+                log: Arc::clone(&log),
+                destination: Arc::clone(destination),
+                attempts: options.retry.attempts(),
+                buried: Arc::clone(&buried),
+            };
+            tasks.spawn(burial.run());
+            buried
+        });
+        let counters = Counters::new(&metrics, &name);
+        let mut runner = Self {
+            epoch,
+            lease,
+            paused,
+            filter: CachedFilter::new(options.events.clone()),
+            window: Window::new(cursor),
+            head: log.watch_head(),
+            lanes: Lanes::new(options.parked_per_key),
+            journal: Journal::default(),
+            ahead: FxHashMap::default(),
+            outage: None,
+            read_trouble: None,
+            save_trouble: None,
+            redriving: Redriving::begun(),
+            buried,
+            rewind: None,
+            draining: false,
+            fenced: false,
+            feeds,
+            idle: (0..workers).collect(),
+            reports,
+            workers: tasks,
+            chunk: 16,
+            reading: None,
+            loading: None,
+            saving: None,
+            saved: cursor,
+            saved_at: None,
+            told_at: Instant::now(),
+            told_state: "",
+            untold: true,
+            counters,
+            name,
+            handler,
+            batching,
+            options,
+            log,
+            status,
+            stop,
+        };
+        let dead = rows.iter().filter(|row| matches!(row.standing, Standing::Dead { .. })).count();
+        runner.status.set_dead(dead as u64);
+        for row in &rows {
+            runner.journal.found(row);
+        }
+        runner.status.set_settled(runner.journal.settled(cursor));
+        for row in rows {
+            if row.position <= cursor {
+                runner.take_up(&row);
+            } else {
+                runner.ahead.insert(row.position, row);
+            }
+        }
+        runner
+    }
+
+    /// Puts an event that has a row into its lane.
+    fn take_up(&mut self, row: &Unfinished) {
+        let lane = self.lane_of_row(row);
+        let turn = match row.standing {
+            Standing::Dead { .. } => {
+                if self.parks(lane, &row.id) {
+                    self.lanes.insert(lane, Entry::stub(row.position, Turn::Dead, row.attempts));
+                }
+                return;
+            }
+            _ if !self.filter.matches(&row.kind) => {
+                self.counters.filtered.inc();
+                return self.journal.finish(row.position);
+            }
+            Standing::Retrying { due_at } => {
+                let wait = due_at - crate::event::now();
+                let wait = wait.try_into().unwrap_or_default();
+                Turn::At(Instant::now() + outcomes::MAX_DELAY.min(wait))
+            }
+            Standing::Parked => Turn::Now,
+        };
+        self.lanes.insert(lane, Entry::stub(row.position, turn, row.attempts));
+    }
+
+    fn lane_of_row(&self, row: &Unfinished) -> LaneId {
+        match self.options.ordering {
+            Ordering::Key => lane_of(&row.key),
+            Ordering::None => row.position.0,
+        }
+    }
+
+    /// Whether a dead letter keeps its lane's followers waiting. An event whose key is its own
+    /// id has none.
+    fn parks(&self, lane: LaneId, id: &str) -> bool {
+        self.options.on_dead() == OnDead::Park
+            && self.options.ordering == Ordering::Key
+            && lane != lane_of(id)
+    }
+
+    async fn work(&mut self, commands: &mut mpsc::UnboundedReceiver<Command>) -> End {
+        loop {
+            let now = Instant::now();
+            self.lanes.wake(now);
+            self.renew(now);
+            self.read_ahead(now);
+            self.load(now);
+            self.redrive(now);
+            self.feed(now);
+            self.checkpoint(now);
+            self.tell(now);
+            let idle = self.lanes.running() == 0 && self.saving.is_none();
+            if self.fenced {
+                // What runs is cut off: whoever has the handler now does it again.
+                self.status.set_state(HandlerState::Standby("it was claimed anew".to_owned()));
+                self.workers.shutdown().await;
+                return if self.lease.is_some() { End::Anew } else { End::Displaced };
+            }
+            if self.draining && idle {
+                // Trouble has been said; the cursor stays and the events come again (G4).
+                if !self.dirty() || self.save_trouble.is_some() {
+                    self.workers.shutdown().await;
+                    let _ = self.log.store().release(&self.name, self.epoch).await;
+                    return End::Stopped;
+                }
+            }
+            if idle && let Some(rewind) = self.rewind.take() {
+                self.rewound(rewind).await;
+                self.workers.shutdown().await;
+                return End::Anew;
+            }
+            let wake = self.next_wake(now);
+            tokio::select! {
+                () = self.stop.cancelled(), if !self.draining => {
+                    self.draining = true;
+                    self.reading = None;
+                    self.loading = None;
+                    // One more try to save what is finished, whatever went wrong before.
+                    self.save_trouble = None;
+                }
+                Some(report) = self.reports.recv() => {
+                    self.take(report);
+                    while let Ok(report) = self.reports.try_recv() {
+                        self.take(report);
+                    }
+                }
+                page = ready(&mut self.reading) => {
+                    self.reading = None;
+                    self.queue(page);
+                }
+                loaded = ready(&mut self.loading) => {
+                    self.loading = None;
+                    self.loaded(loaded);
+                }
+                saved = async { match &mut self.saving {
+                    Some(saving) => (&mut saving.done).await,
+                    None => std::future::pending().await,
+                } } => self.checkpointed(saved),
+                found = ready(&mut self.redriving.fetching) => {
+                    self.redriving.fetching = None;
+                    self.redriven(found);
+                }
+                renewed = async { match &mut self.lease {
+                    Some(Lease { renewing: Some(renewing), .. }) => renewing.await,
+                    _ => std::future::pending().await,
+                } } => self.renewed(renewed),
+                command = commands.recv(), if !self.draining => match command {
+                    Some(command) => self.obey(command),
+                    None => self.draining = true,
+                },
+                changed = self.head.changed(), if !self.draining => {
+                    if changed.is_err() {
+                        self.draining = true;
+                    }
+                }
+                () = until(wake) => {}
+            }
+        }
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Pause(paused) => self.paused = paused,
+            Command::Redrive => self.redriving.look(),
+            Command::Rewind { to, audit, done } => {
+                if self.rewind.is_some() {
+                    let _ = done.send(Err("its cursor is being moved already".to_owned()));
+                } else {
+                    self.rewind = Some(Rewind { to, audit, done });
+                }
+            }
+        }
+    }
+
+    /// Whether nothing is to be begun for now.
+    fn rests(&self, now: Instant) -> bool {
+        self.draining
+            || self.paused
+            || self.rewind.is_some()
+            || self.lease.as_ref().is_some_and(|lease| lease.until <= now)
+    }
+
+    /// The next moment something is due. What was due by `now` has been seen to already, so
+    /// only later moments count: nothing spins.
+    fn next_wake(&self, now: Instant) -> Option<Instant> {
+        if self.draining {
+            return None;
+        }
+        let retry = self.lanes.next_due();
+        let probe = self.outage.as_ref().filter(|o| o.probe.is_none()).map(|o| o.until);
+        let read = self.read_trouble.as_ref().map(|t| t.until);
+        let save = self.save_trouble.as_ref().map(|t| t.until);
+        let checkpoint = (self.dirty() && self.saving.is_none())
+            .then_some(self.saved_at)
+            .flatten()
+            .map(|at| at + self.options.checkpoint_interval);
+        let tell = self.untold.then_some(self.told_at + tell::INTERVAL);
+        let renew = self.lease.as_ref().map(|lease| lease.next);
+        let redrive = self.redriving.next();
+        [retry, probe, read, save, checkpoint, tell, renew, redrive]
+            .into_iter()
+            .flatten()
+            .filter(|at| *at > now)
+            .min()
+    }
+
+    /// Gives ready events to idle workers.
+    fn feed(&mut self, now: Instant) {
+        if self.rests(now) || self.fenced || self.journal.len() >= progress::MAX_UNSAVED {
+            return;
+        }
+        let probe = match &self.outage {
+            None => false,
+            Some(outage) if outage.probe.is_none() && outage.until <= now => true,
+            Some(_) => return,
+        };
+        while self.lanes.has_ready() {
+            let Some(worker) = self.idle.pop() else { return };
+            let (max, per_lane) = match self.batching {
+                _ if probe => (1, 1),
+                Batching::None => (self.chunk, self.chunk),
+                Batching::DistinctKeys(n) => (n.max(1), 1),
+                Batching::InOrder(n) => (n.max(1), n.max(1)),
+            };
+            let chunk = self.lanes.take(max, per_lane);
+            if chunk.is_empty() {
+                // What was ready has something unready in front of it now.
+                self.idle.push(worker);
+                continue;
+            }
+            if let Some(feed) = self.feeds.get(worker) {
+                // The worker is idle and lives as long as this runner, so its queue of one is
+                // free.
+                let _ = feed.try_send(chunk);
+            }
+            if probe {
+                if let Some(outage) = &mut self.outage {
+                    outage.probe = Some(worker);
+                }
+                return;
+            }
+        }
+    }
+
+    /// Moves the cursor by hand. Whether that worked or not, the runner then begins anew with
+    /// what the store says: a failure may be an answer that got lost.
+    async fn rewound(&mut self, rewind: Rewind) {
+        let Rewind { to, audit, done } = rewind;
+        let store = self.log.store();
+        let moved = async {
+            let head = store.head().await?;
+            store.rewind(&self.name, self.epoch, to.min(head), Some(&audit)).await
+        };
+        let moved = moved.await.map_err(|error: StoreError| error.to_string());
+        if moved.is_ok() {
+            // Whoever has asked for it must not find it where it was.
+            self.status.set_position(to);
+            self.status.set_settled(to);
+        }
+        let _ = done.send(moved);
+    }
+}
+
+/// Resolves with what the future in the slot does; never while the slot is empty.
+async fn ready<T>(slot: &mut Option<BoxFuture<'static, T>>) -> T {
+    match slot {
+        Some(future) => future.await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at.into()).await,
+        None => std::future::pending().await,
+    }
+}
