@@ -72,10 +72,25 @@ impl Reingest {
 
     /// Goes on until nothing is left.
     async fn work(&self, stop: &CancellationToken) -> Result<(), StoreError> {
+        // Redrives that have had as much as their rate lets them, and until when that counts.
+        let mut resting: Vec<(u64, Instant)> = Vec::new();
         while !stop.is_cancelled() {
-            let found = self.log.store().redriven_quarantine(BATCH).await?;
+            let now = Instant::now();
+            resting.retain(|(_, until)| *until > now);
+            let except: Vec<u64> = resting.iter().map(|(redrive, _)| *redrive).collect();
+            let found = self.log.store().redriven_quarantine(&except, BATCH).await?;
             let Some(&RedrivenEntry { redrive, action, rate, .. }) = found.first() else {
-                return self.log.store().end_redrives().await;
+                self.log.store().end_redrives().await?;
+                let Some(rested) = resting.iter().map(|(_, until)| *until).min() else {
+                    return Ok(());
+                };
+                let rested = tokio::time::sleep_until(rested.into());
+                tokio::select! {
+                    () = rested => {}
+                    () = self.started.notified() => {}
+                    () = stop.cancelled() => {}
+                }
+                continue;
             };
             // One redrive at a time, so that each keeps its own rate.
             let most = rate.map_or(BATCH, |rate| rate as usize).max(1);
@@ -85,7 +100,6 @@ impl Reingest {
                 .take(most)
                 .map(|entry| entry.number)
                 .collect();
-            let began = Instant::now();
             let taken = match action {
                 RedriveAction::Discard => {
                     let gone: Vec<_> =
@@ -97,9 +111,8 @@ impl Reingest {
             };
             if let Some(rate) = rate {
                 #[expect(clippy::cast_precision_loss, reason = "a few hundred")]
-                let due = Duration::from_secs_f64(taken as f64 / f64::from(rate.max(1)));
-                let pause = tokio::time::sleep(due.saturating_sub(began.elapsed()));
-                stop.run_until_cancelled(pause).await;
+                let rest = Duration::from_secs_f64(taken as f64 / f64::from(rate.max(1)));
+                resting.push((redrive, now + rest));
             }
         }
         Ok(())

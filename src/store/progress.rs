@@ -495,12 +495,22 @@ pub trait ProgressStore: Send + Sync + 'static {
         audit: &AuditEntry,
     ) -> Result<Option<Redrive>, StoreError>;
 
-    /// What running redrives have left for a handler, by position.
-    async fn redriven(&self, handler: &str, limit: usize) -> Result<Vec<Redriven>, StoreError>;
+    /// What running redrives have left for a handler, by position; those of `except` are passed
+    /// over.
+    async fn redriven(
+        &self,
+        handler: &str,
+        except: &[u64],
+        limit: usize,
+    ) -> Result<Vec<Redriven>, StoreError>;
 
     /// The numbers of what running redrives have left in quarantine, in order, with the redrive
-    /// and what it does.
-    async fn redriven_quarantine(&self, limit: usize) -> Result<Vec<RedrivenEntry>, StoreError>;
+    /// and what it does; those of `except` are passed over.
+    async fn redriven_quarantine(
+        &self,
+        except: &[u64],
+        limit: usize,
+    ) -> Result<Vec<RedrivenEntry>, StoreError>;
 
     /// These quarantine entries leave their redrive: discarded they are gone, else they stay,
     /// with another reason where one is given.

@@ -165,7 +165,7 @@ fn of(handler: &str) -> DeadLetterFilter {
 
 /// What is left of redrives for a handler: position and redrive.
 async fn redriven(store: &dyn EventStore, handler: &str) -> Vec<(u64, u64)> {
-    let left = store.redriven(handler, ALL).await.unwrap();
+    let left = store.redriven(handler, &[], ALL).await.unwrap();
     left.iter().map(|one| (one.event.position.0, one.redrive)).collect()
 }
 
@@ -586,7 +586,7 @@ pub async fn D6_a_redrive_takes_up_what_matches_at_its_start(fixture: &dyn Fixtu
     };
     assert_eq!(redriven(&*store, "h").await, numbered(&[2, 4, 6], first.number));
     assert_eq!(redriven(&*store, "other").await, []);
-    let left = store.redriven("h", 1).await.unwrap();
+    let left = store.redriven("h", &[], 1).await.unwrap();
     assert_eq!(left.len(), 1);
     assert_eq!((left[0].action, left[0].rate), (RedriveAction::Retry, Some(7)));
     assert_eq!(left[0].event, bare(&dead(2)));
@@ -605,6 +605,8 @@ pub async fn D6_a_redrive_takes_up_what_matches_at_its_start(fixture: &dyn Fixtu
     expected.extend(numbered(&[1, 8], second.number));
     expected.sort_unstable();
     assert_eq!(redriven(&*store, "h").await, expected);
+    let others = store.redriven("h", &[first.number], ALL).await.unwrap();
+    assert!(!others.is_empty() && others.iter().all(|left| left.redrive != first.number));
 
     // One that finds nothing is over.
     let third = store.start_redrive(&what).await.unwrap();
@@ -749,14 +751,14 @@ pub async fn D6_quarantine_is_taken_up_and_settled(fixture: &dyn Fixture) {
         };
         let started = store.start_redrive(&what).await.unwrap();
         assert_eq!(find(&*store, started.number).await, started);
-        let left = store.redriven_quarantine(ALL).await.unwrap();
+        let left = store.redriven_quarantine(&[], ALL).await.unwrap();
         let there: Vec<_> = left.iter().map(|entry| entry.number).collect();
         let expected: Vec<_> = expected.iter().map(|&nth: &usize| numbers[nth]).collect();
         assert_eq!(there, expected, "{filter:?}");
         assert_eq!(started.total, expected.len() as u64);
         assert!(left.iter().all(|entry| entry.redrive == started.number && entry.rate.is_none()));
         store.cancel_redrive(started.number, &entry("cancel")).await.unwrap();
-        assert_eq!(store.redriven_quarantine(ALL).await.unwrap(), []);
+        assert_eq!(store.redriven_quarantine(&[], ALL).await.unwrap(), []);
     }
 
     let what = NewRedrive {
@@ -767,7 +769,7 @@ pub async fn D6_quarantine_is_taken_up_and_settled(fixture: &dyn Fixture) {
         reason: Some("of no use".to_owned()),
     };
     let started = store.start_redrive(&what).await.unwrap();
-    let left = store.redriven_quarantine(2).await.unwrap();
+    let left = store.redriven_quarantine(&[], 2).await.unwrap();
     assert_eq!(left.iter().map(|entry| entry.number).collect::<Vec<_>>(), numbers[..2]);
     assert_eq!((left[0].action, left[0].rate), (RedriveAction::Discard, Some(3)));
     store.settle_quarantine(&[]).await.unwrap();

@@ -264,3 +264,38 @@ async fn a_redrive_goes_on_after_a_restart_and_leaves_what_nobody_runs() {
     assert_eq!((discarded.total, discarded.left), (1, 0));
     bus.drain(PATIENCE).await.unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slow_redrive_holds_up_no_other() {
+    let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+    let bus = bus_over(&store, 150).await;
+    let mended = Arc::new(AtomicBool::new(false));
+    let done = Arc::new(Mutex::new(Vec::new()));
+    bus.register_handler(Picky(Arc::clone(&mended), Arc::clone(&done))).await.unwrap();
+    bus.start_worker_pool(2);
+    for n in 0..40 {
+        bus.emit(NewEvent::new("T", &json!({})).unwrap().key(format!("k{n}"))).await.unwrap();
+        let too_long = format!(r#"{{"id":"{n}","data":"{}"}}"#, "long ".repeat(40));
+        bus.append(vec![message(&too_long)]).await.unwrap();
+    }
+    bus.handled("picky", Position(40)).await.unwrap();
+    mended.store(true, SeqCst);
+    let few = |positions: std::ops::RangeInclusive<u64>| {
+        let positions = positions.collect();
+        Selection::DeadLetters(DeadLetterFilter { positions, ..DeadLetterFilter::default() })
+    };
+    let held = |numbers: std::ops::RangeInclusive<u64>| {
+        let numbers = numbers.collect();
+        Selection::Quarantine(QuarantineFilter { numbers, ..QuarantineFilter::default() })
+    };
+    for [slow, quick] in [[few(1..=30), few(31..=40)], [held(1..=30), held(31..=40)]] {
+        let slow = NewRedrive { rate: Some(1), ..order(slow, RedriveAction::Discard) };
+        let slow = bus.redrive(&slow).await.unwrap();
+        let quick = bus.redrive(&order(quick, RedriveAction::Discard)).await.unwrap();
+        ended(&*store, &quick).await;
+        let slow = store.redrive(slow.number).await.unwrap().unwrap();
+        assert_eq!(slow.state, RedriveState::Running, "{slow:?}");
+        assert!(slow.left > 15, "{slow:?}");
+    }
+    bus.drain(PATIENCE).await.unwrap();
+}

@@ -834,7 +834,7 @@ async fn postgres_many_dead_letters_are_found_through_indexes() {
             .await
             .unwrap();
         expect(&what, index);
-        store.redriven("h", 100).await.unwrap();
+        store.redriven("h", &[], 100).await.unwrap();
         expect("redriven", "unfinished_redriven");
         store.redrive(started.number).await.unwrap();
         expect("one redrive", "unfinished_redrive");

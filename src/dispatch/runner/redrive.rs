@@ -31,8 +31,10 @@ const AHEAD: Duration = Duration::from_millis(100);
 pub(super) struct Redriving {
     /// There may be something.
     wanted: bool,
-    /// Not before then: the rate, or a store that is away.
+    /// Nothing is asked for before then: the store is away, or the cursor has not passed it.
     not_before: Option<Instant>,
+    /// Redrives that have had as much as their rate lets them, and until when that counts.
+    resting: Vec<(u64, Instant)>,
     pub(super) fetching: Option<BoxFuture<'static, Result<Vec<Redriven>, StoreError>>>,
     /// What was taken up last is in no checkpoint yet; asked again, the store would give it
     /// again.
@@ -47,23 +49,33 @@ impl Redriving {
 
     pub(super) const fn look(&mut self) {
         self.wanted = true;
+        // Whatever was waited for, this one need not be.
+        self.not_before = None;
     }
 
     pub(super) const fn saved(&mut self) {
         self.unsaved = false;
     }
 
+    /// When it may go on by itself.
     pub(super) fn next(&self) -> Option<Instant> {
-        self.not_before.filter(|_| self.wanted)
+        if !self.wanted {
+            return None;
+        }
+        let rested = self.resting.iter().map(|(_, until)| *until).min();
+        self.not_before.into_iter().chain(rested).max()
     }
 }
 
 impl Runner {
     /// Asks for what is to be redriven, where there may be something and there is room for it.
     pub(super) fn redrive(&mut self, now: Instant) {
-        let Redriving { wanted, not_before, fetching, unsaved } = &self.redriving;
-        let early = not_before.is_some_and(|at| at > now);
-        if !wanted || early || fetching.is_some() || *unsaved || self.saving.is_some() {
+        let Redriving { wanted, not_before, resting, fetching, unsaved } = &mut self.redriving;
+        if !*wanted || fetching.is_some() || *unsaved || self.saving.is_some() {
+            return;
+        }
+        resting.retain(|(_, until)| *until > now);
+        if not_before.is_some_and(|at| at > now) {
             return;
         }
         // What parks keys may be what keeps the handler from reading on, so that does not count;
@@ -74,8 +86,9 @@ impl Runner {
             return;
         }
         let (log, name) = (Arc::clone(&self.log), Arc::clone(&self.name));
-        self.redriving.fetching = Some(Box::pin(async move {
-            let found = log.store().redriven(&name, BATCH).await?;
+        let except: Vec<u64> = resting.iter().map(|(redrive, _)| *redrive).collect();
+        *fetching = Some(Box::pin(async move {
+            let found = log.store().redriven(&name, &except, BATCH).await?;
             if found.is_empty() {
                 log.store().end_redrives().await?;
             }
@@ -85,6 +98,7 @@ impl Runner {
 
     /// Puts what was found back into its lanes, or takes it out.
     pub(super) fn redriven(&mut self, found: Result<Vec<Redriven>, StoreError>) {
+        self.redriving.not_before = None;
         let found = match found {
             Ok(found) => found,
             Err(error) => {
@@ -96,8 +110,9 @@ impl Runner {
             }
         };
         let Some(first) = found.first() else {
-            self.redriving.wanted = false;
-            self.redriving.not_before = None;
+            // Those that rest have more.
+            self.redriving.wanted = !self.redriving.resting.is_empty();
+            self.redriving.not_before = self.redriving.next();
             return;
         };
         // What the cursor has not passed yet would come again after a crash, whatever was
@@ -134,10 +149,11 @@ impl Runner {
         }
         self.status.remove_dead(u64::from(taken));
         self.redriving.unsaved = true;
-        self.redriving.not_before = rate.map(|rate| {
-            Instant::now()
-                + Duration::from_secs(1).mul_f64(f64::from(taken) / f64::from(rate.max(1)))
-        });
+        if let Some(rate) = rate {
+            let rest = f64::from(taken) / f64::from(rate.max(1));
+            let until = Instant::now() + Duration::from_secs(1).mul_f64(rest);
+            self.redriving.resting.push((redrive, until));
+        }
     }
 
     /// A dead letter is to be tried again: at the front of its lane, unless something earlier

@@ -400,12 +400,18 @@ impl ProgressStore for MemoryStore {
         Ok(progress.redrives.get(&number).map(|redrive| progress.shown(redrive)))
     }
 
-    async fn redriven(&self, handler: &str, limit: usize) -> Result<Vec<Redriven>, StoreError> {
+    async fn redriven(
+        &self,
+        handler: &str,
+        except: &[u64],
+        limit: usize,
+    ) -> Result<Vec<Redriven>, StoreError> {
         let state = self.state();
         let progress = &state.progress;
         let Some(handler) = progress.handlers.get(handler) else { return Ok(Vec::new()) };
         let taken = handler.rows.values().filter_map(|row| {
-            let redrive = progress.redrives.get(&row.redrive?)?;
+            let number = row.redrive.filter(|number| !except.contains(number))?;
+            let redrive = progress.redrives.get(&number)?;
             Some(Redriven {
                 redrive: redrive.number,
                 action: redrive.what.action,
@@ -416,10 +422,15 @@ impl ProgressStore for MemoryStore {
         Ok(taken.take(limit).collect())
     }
 
-    async fn redriven_quarantine(&self, limit: usize) -> Result<Vec<RedrivenEntry>, StoreError> {
+    async fn redriven_quarantine(
+        &self,
+        except: &[u64],
+        limit: usize,
+    ) -> Result<Vec<RedrivenEntry>, StoreError> {
         let state = self.state();
         let progress = &state.progress;
-        let taken = progress.taken.iter().filter_map(|(&number, redrive)| {
+        let wanted = progress.taken.iter().filter(|(_, redrive)| !except.contains(redrive));
+        let taken = wanted.filter_map(|(&number, redrive)| {
             let redrive = progress.redrives.get(redrive)?;
             let (action, rate) = (redrive.what.action, redrive.what.rate);
             Some(RedrivenEntry { number, redrive: redrive.number, action, rate })

@@ -416,12 +416,21 @@ impl ProgressStore for PostgresStore {
         self.find_redrive(number).await
     }
 
-    async fn redriven(&self, handler: &str, limit: usize) -> Result<Vec<Redriven>, StoreError> {
-        self.list_redriven(handler, limit).await
+    async fn redriven(
+        &self,
+        handler: &str,
+        except: &[u64],
+        limit: usize,
+    ) -> Result<Vec<Redriven>, StoreError> {
+        self.list_redriven(handler, except, limit).await
     }
 
-    async fn redriven_quarantine(&self, limit: usize) -> Result<Vec<RedrivenEntry>, StoreError> {
-        self.list_redriven_quarantine(limit).await
+    async fn redriven_quarantine(
+        &self,
+        except: &[u64],
+        limit: usize,
+    ) -> Result<Vec<RedrivenEntry>, StoreError> {
+        self.list_redriven_quarantine(except, limit).await
     }
 
     async fn settle_quarantine(&self, settled: &[SettledEntry]) -> Result<(), StoreError> {

@@ -42,12 +42,13 @@ const REDRIVEN: &str = "
         r.number, r.action, r.rate
     FROM unfinished AS u JOIN redrives AS r ON r.number = u.redrive
     WHERE u.handler = $1 AND u.redrive IS NOT NULL AND r.state = 'running'
+        AND u.redrive <> ALL($3)
     ORDER BY u.position LIMIT $2";
 
 const REDRIVEN_QUARANTINE: &str = "
     SELECT q.number, r.number, r.action, r.rate
     FROM quarantine AS q JOIN redrives AS r ON r.number = q.redrive
-    WHERE q.redrive IS NOT NULL AND r.state = 'running'
+    WHERE q.redrive IS NOT NULL AND r.state = 'running' AND q.redrive <> ALL($2)
     ORDER BY q.number LIMIT $1";
 
 /// Keeps checkpoints away until the transaction ends: see [`super::progress`].
@@ -300,17 +301,24 @@ impl PostgresStore {
     pub(super) async fn list_redriven(
         &self,
         handler: &str,
+        except: &[u64],
         limit: usize,
     ) -> Result<Vec<Redriven>, StoreError> {
-        let query = sqlx::query(REDRIVEN).bind(handler).bind(row::signed(limit as u64));
+        let query = sqlx::query(REDRIVEN)
+            .bind(handler)
+            .bind(row::signed(limit as u64))
+            .bind(except.iter().map(|number| row::signed(*number)).bind_iter());
         self.rows(query, |row| Ok(in_redrive(row, 8)?.letter(unfinished(row)?)?)).await
     }
 
     pub(super) async fn list_redriven_quarantine(
         &self,
+        except: &[u64],
         limit: usize,
     ) -> Result<Vec<RedrivenEntry>, StoreError> {
-        let query = sqlx::query(REDRIVEN_QUARANTINE).bind(row::signed(limit as u64));
+        let query = sqlx::query(REDRIVEN_QUARANTINE)
+            .bind(row::signed(limit as u64))
+            .bind(except.iter().map(|number| row::signed(*number)).bind_iter());
         self.rows(query, |row| Ok(in_redrive(row, 1)?.entry(row.try_get(0)?)?)).await
     }
 

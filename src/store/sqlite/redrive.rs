@@ -45,12 +45,14 @@ const REDRIVEN: &str = "SELECT u.position, u.id, u.type, u.key, u.attempts, u.st
     FROM unfinished AS u INDEXED BY unfinished_redriven
     CROSS JOIN redrives AS r ON r.number = u.redrive
     WHERE u.handler = ?1 AND u.redrive IS NOT NULL AND r.state = 'running'
+      AND u.redrive NOT IN (SELECT value FROM json_each(?3))
     ORDER BY u.position LIMIT ?2";
 
 const REDRIVEN_QUARANTINE: &str = "SELECT q.number, r.number, r.action, r.rate
     FROM quarantine AS q INDEXED BY quarantine_redriven
     CROSS JOIN redrives AS r ON r.number = q.redrive
     WHERE q.redrive IS NOT NULL AND r.state = 'running'
+      AND q.redrive NOT IN (SELECT value FROM json_each(?2))
     ORDER BY q.number LIMIT ?1";
 
 const PUT_BACK: [&str; 2] = [
@@ -315,9 +317,13 @@ impl SqliteStore {
     pub(super) async fn list_redriven(
         &self,
         handler: &str,
+        except: &[u64],
         limit: usize,
     ) -> Result<Vec<Redriven>, StoreError> {
-        let query = sqlx::query(REDRIVEN).bind(handler).bind(row::signed(limit as u64));
+        let query = sqlx::query(REDRIVEN)
+            .bind(handler)
+            .bind(row::signed(limit as u64))
+            .bind(numbers(except.iter().copied()));
         self.rows(query, |row| {
             let redrive = InRedrive(row.try_get(8)?, row.try_get(9)?, row.try_get(10)?);
             Ok(redrive.letter(unfinished(row)?)?)
@@ -327,9 +333,12 @@ impl SqliteStore {
 
     pub(super) async fn list_redriven_quarantine(
         &self,
+        except: &[u64],
         limit: usize,
     ) -> Result<Vec<RedrivenEntry>, StoreError> {
-        let query = sqlx::query(REDRIVEN_QUARANTINE).bind(row::signed(limit as u64));
+        let query = sqlx::query(REDRIVEN_QUARANTINE)
+            .bind(row::signed(limit as u64))
+            .bind(numbers(except.iter().copied()));
         self.rows(query, |row| {
             let redrive = InRedrive(row.try_get(1)?, row.try_get(2)?, row.try_get(3)?);
             Ok(redrive.entry(row.try_get(0)?)?)

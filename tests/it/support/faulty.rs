@@ -259,12 +259,21 @@ impl ProgressStore for Faulty {
         self.call("cancel_redrive", self.store.cancel_redrive(number, audit)).await
     }
 
-    async fn redriven(&self, handler: &str, limit: usize) -> Result<Vec<Redriven>, StoreError> {
-        self.call("redriven", self.store.redriven(handler, limit)).await
+    async fn redriven(
+        &self,
+        handler: &str,
+        except: &[u64],
+        limit: usize,
+    ) -> Result<Vec<Redriven>, StoreError> {
+        self.call("redriven", self.store.redriven(handler, except, limit)).await
     }
 
-    async fn redriven_quarantine(&self, limit: usize) -> Result<Vec<RedrivenEntry>, StoreError> {
-        self.call("redriven_quarantine", self.store.redriven_quarantine(limit)).await
+    async fn redriven_quarantine(
+        &self,
+        except: &[u64],
+        limit: usize,
+    ) -> Result<Vec<RedrivenEntry>, StoreError> {
+        self.call("redriven_quarantine", self.store.redriven_quarantine(except, limit)).await
     }
 
     async fn settle_quarantine(&self, settled: &[SettledEntry]) -> Result<(), StoreError> {
