@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use async_nats::jetstream;
 use async_trait::async_trait;
 use bytes::Bytes;
 use pulsebus::{
@@ -30,7 +31,12 @@ use pulsebus::{
 };
 use serde_json::json;
 
-use crate::support::{PATIENCE, wait_until};
+use crate::support::{
+    PATIENCE,
+    daemon::{Daemon, http},
+    nats::NatsServer,
+    wait_until,
+};
 
 fn message(body: &str) -> Message {
     let origin = Origin { transport: "memory".into(), ..Origin::default() };
@@ -298,4 +304,52 @@ async fn a_slow_redrive_holds_up_no_other() {
         assert!(slow.left > 15, "{slow:?}");
     }
     bus.drain(PATIENCE).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn G6_G9_a_dead_letter_reaches_a_broker_with_its_reason_and_its_bytes() {
+    let nats = NatsServer::start();
+    let jetstream = nats.jetstream().await;
+    let dead = jetstream::stream::Config {
+        name: "DEAD".to_owned(),
+        subjects: vec!["dead.>".to_owned()],
+        ..Default::default()
+    };
+    let mut stream = jetstream.create_stream(dead).await.unwrap();
+    let config = format!(
+        r#"
+[transports.nats]
+kind = "nats"
+url = "{}"
+[handlers.mirror]
+kind = "forward"
+transport = "nats"
+subject = "mirror.{{subject}}"
+dead_letter = {{ transport = "nats", subject = "dead.{{handler}}.{{type}}" }}
+"#,
+        nats.url()
+    );
+    let daemon = Daemon::start(&config).await;
+    daemon.ready().await;
+    // Without a subject there is nowhere to send it: no attempt can change that.
+    let body = r#"{ "type" : "T", "id":"7", "data" : 1e400 }"#;
+    let posted = http().post(daemon.url("/v1/events")).header("x-trace", "abc").body(body);
+    assert!(posted.send().await.unwrap().status().is_success());
+    wait_until("it is published", async || {
+        (stream.info().await.unwrap().state.messages == 1).then_some(())
+    })
+    .await;
+    let message = stream.get_raw_message(1).await.unwrap();
+    assert_eq!(message.subject.as_str(), "dead.mirror.T");
+    assert_eq!(&*message.payload, body.as_bytes());
+    let header = |name: &str| message.headers.get(name).map(|value| value.as_str().to_owned());
+    assert_eq!(header("Nats-Msg-Id").as_deref(), Some("7"));
+    assert_eq!(header("pulsebus-dead-handler").as_deref(), Some("mirror"));
+    assert_eq!(header("pulsebus-dead-position").as_deref(), Some("1"));
+    assert_eq!(header("pulsebus-dead-reason").as_deref(), Some("rejected"));
+    assert_eq!(header("pulsebus-dead-attempts").as_deref(), Some("1"));
+    assert!(header("pulsebus-dead-error").unwrap().contains("subject"));
+    // It stays a dead letter of the store.
+    let letters = daemon.json("/v1/dead-letters").await.unwrap();
+    assert_eq!(letters["dead_letters"][0]["id"], "7");
 }
