@@ -8,23 +8,18 @@ use crate::{
     handler::EventHandler,
     store::{
         Log, StoreError,
-        progress::{Claim, Claimed, Epoch, Unfinished},
+        progress::{Claim, Claimed, Epoch},
     },
 };
 
 /// How long a handler may take to say its position or to flush.
 pub(super) const FLUSH_TIMEOUT: Duration = Duration::from_secs(300);
 
-/// Rows read at once.
-const PAGE: usize = 10_000;
-
 /// Where a handler goes on.
 pub(super) struct Resumed {
     pub(super) epoch: Epoch,
     pub(super) cursor: Position,
     pub(super) paused: bool,
-    /// Its unfinished events, in order.
-    pub(super) rows: Vec<Unfinished>,
 }
 
 impl Resumed {
@@ -90,15 +85,6 @@ impl Resumed {
             store.rewind(name, tenure.epoch, own, None).await.map_err(unread)?;
             cursor = own;
         }
-        let mut rows: Vec<Unfinished> = Vec::new();
-        loop {
-            let after = rows.last().map_or(Position::START, |row| row.position);
-            let page = store.unfinished(name, after, PAGE).await.map_err(unread)?;
-            let last = page.len() < PAGE;
-            rows.extend(page);
-            if last {
-                return Ok(Self { epoch: tenure.epoch, cursor, paused: tenure.paused, rows });
-            }
-        }
+        Ok(Self { epoch: tenure.epoch, cursor, paused: tenure.paused })
     }
 }

@@ -44,6 +44,9 @@ use crate::{
     telemetry::Metrics,
 };
 
+/// Rows read at once when a handler starts.
+const PAGE: usize = 10_000;
+
 /// What a runner needs.
 #[derive(Clone)]
 pub(crate) struct Setup {
@@ -218,7 +221,7 @@ impl Runner {
             }
             tokio::time::sleep(delays.next_delay().min(lease / 5)).await;
         };
-        let Resumed { epoch, cursor, paused, rows } = resumed;
+        let Resumed { epoch, cursor, paused } = resumed;
         status.set_position(cursor);
         let lease = log.store().is_shared().then(|| Lease {
             length: lease,
@@ -298,20 +301,42 @@ impl Runner {
             status,
             stop,
         };
-        let dead = rows.iter().filter(|row| matches!(row.standing, Standing::Dead { .. })).count();
-        runner.status.set_dead(dead as u64);
-        for row in &rows {
-            runner.journal.found(row);
-        }
-        runner.status.set_settled(runner.journal.settled(cursor));
-        for row in rows {
-            if row.position <= cursor {
-                runner.take_up(&row);
-            } else {
-                runner.ahead.insert(row.position, row);
+        runner.take_up_all().await;
+        runner
+    }
+
+    /// Puts what has a row into the lanes: a page at a time, since there may be dead letters
+    /// without end.
+    async fn take_up_all(&mut self) {
+        let (cursor, mut after, mut dead) = (self.window.cursor(), Position::START, 0);
+        let mut delays = RetryPolicy::reconnect().start();
+        loop {
+            let page = self.log.store().unfinished(&self.name, after, PAGE).await;
+            let page = match page {
+                Ok(page) => page,
+                Err(error) => {
+                    self.status.set_state(HandlerState::Waiting(error.to_string()));
+                    tokio::time::sleep(delays.next_delay()).await;
+                    continue;
+                }
+            };
+            let last = page.len() < PAGE;
+            for row in page {
+                after = row.position;
+                dead += u64::from(matches!(row.standing, Standing::Dead { .. }));
+                self.journal.found(&row);
+                if row.position <= cursor {
+                    self.take_up(&row);
+                } else {
+                    self.ahead.insert(row.position, row);
+                }
+            }
+            if last {
+                break;
             }
         }
-        runner
+        self.status.set_dead(dead);
+        self.status.set_settled(self.journal.settled(cursor));
     }
 
     /// Puts an event that has a row into its lane.
