@@ -186,6 +186,8 @@ struct Run {
     memory: Arc<MemoryStore>,
     folder: PathBuf,
     crashes: u64,
+    /// How often the index was lost.
+    losses: u64,
     sitting: Option<Sitting>,
 }
 
@@ -316,13 +318,14 @@ impl Run {
         match self.dice.below(100) {
             0..50 => self.append().await,
             50..75 => tokio::time::sleep(Duration::from_millis(self.dice.below(30))).await,
-            75..97 => {
+            75..95 => {
                 self.crash().await;
                 self.sit_down().await;
             }
             _ => {
                 self.crash().await;
                 std::fs::remove_dir_all(&self.folder).unwrap();
+                self.losses += 1;
                 self.sit_down().await;
             }
         }
@@ -430,7 +433,8 @@ impl Run {
     }
 }
 
-async fn run(seed: u64, base: &Path) -> u64 {
+/// How often it crashed, and how often its index was lost.
+async fn run(seed: u64, base: &Path) -> (u64, u64) {
     let folder = base.join(seed.to_string());
     std::fs::create_dir(&folder).unwrap();
     let mut run = Run {
@@ -440,6 +444,7 @@ async fn run(seed: u64, base: &Path) -> u64 {
         memory: Arc::new(MemoryStore::new()),
         folder: folder.join("index"),
         crashes: 0,
+        losses: 0,
         sitting: None,
     };
     run.sit_down().await;
@@ -450,7 +455,7 @@ async fn run(seed: u64, base: &Path) -> u64 {
     let bus = run.sitting().bus.clone();
     bus.drain(PATIENCE).await.unwrap();
     run.sitting().store.close().await;
-    run.crashes
+    (run.crashes, run.losses)
 }
 
 async fn runs(seeds: std::ops::Range<u64>) {
@@ -458,12 +463,14 @@ async fn runs(seeds: std::ops::Range<u64>) {
     let shared = Path::new("/dev/shm");
     let base = if shared.is_dir() { shared.to_owned() } else { std::env::temp_dir() };
     let folder = tempfile::tempdir_in(base).unwrap();
-    let mut crashes = 0;
+    let (mut crashes, mut losses) = (0, 0);
     for seed in seeds {
-        crashes += run(seed, folder.path()).await;
+        let (crashed, lost) = run(seed, folder.path()).await;
+        crashes += crashed;
+        losses += lost;
     }
-    eprintln!("{crashes} crashes");
-    assert!(crashes > 0);
+    eprintln!("{crashes} crashes, after {losses} of which the index was gone");
+    assert!(crashes > losses && losses > 0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
