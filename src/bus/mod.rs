@@ -405,10 +405,11 @@ impl EventBus {
         let reached = async {
             loop {
                 let mut settled = self.status(name)?.watch_settled();
-                if settled.wait_for(|settled| *settled >= position).await.is_ok() {
+                let reached = settled.wait_for(|settled| *settled >= position);
+                if let Ok(Ok(_)) = tokio::time::timeout(LOOK_AGAIN, reached).await {
                     return Ok(());
                 }
-                // Replaced: its successor goes on from the same cursor.
+                // Replaced, perhaps: its successor goes on from the same cursor.
             }
         };
         let reached = self.inner.stop_handlers.run_until_cancelled(reached).await;
@@ -488,6 +489,9 @@ impl std::fmt::Debug for EventBus {
         f.debug_struct("EventBus").field("log", &self.inner.log).finish_non_exhaustive()
     }
 }
+
+/// How long a handler is watched before it is looked whether it is still the same.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 /// Nothing panics while holding one of these locks; if it did, the maps would still be whole.
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

@@ -1,7 +1,7 @@
 //! What a person can tell a running bus: pause, resume, rewind, redrive.
 //!
 //! Each of these is written down in the audit with who wanted it, in the transaction that does
-//! it.
+//! it, or before.
 
 use std::sync::Arc;
 
@@ -161,7 +161,8 @@ impl EventBus {
         Ok(self.store().redrive(redrive.number).await?.unwrap_or(redrive))
     }
 
-    /// Ends a redrive that is running: what is left of it is as it was before.
+    /// Ends a redrive that is running: what is left of it is as it was before. What a handler has
+    /// been given of it already, a thousand at most, goes its way.
     ///
     /// # Errors
     /// [`HandlerAccessError::Refused`] where there is none of that number, or it has ended.

@@ -112,10 +112,11 @@ impl EventBus {
             )));
         }
         // Its row in the store is what a restart goes on from.
-        let next = name_of(name);
-        claim(&self.inner, &next).await.map_err(access)?;
+        // Written down first: a rebuild that nobody has asked for must not come of a failure.
         let subject = format!("handler {name}");
         self.store().audit(&AuditEntry::new(by, "rebuild", subject, &json!({}))).await?;
+        let next = name_of(name);
+        claim(&self.inner, &next).await.map_err(access)?;
         self.begin_rebuild(name.into(), handler, options);
         Ok(())
     }
@@ -127,12 +128,17 @@ impl EventBus {
     pub async fn cancel_rebuild(&self, name: &str, by: &str) -> Result<(), HandlerAccessError> {
         let _one_at_a_time = self.inner.registering.lock().await;
         let handler = self.registered(name, |registered| Arc::clone(registered.handler()))?;
-        let Some(rebuild) = lock(&self.inner.rebuilds).remove(name) else {
-            return Err(HandlerAccessError::Refused(format!(
-                "handler `{name}` is not being rebuilt"
-            )));
-        };
-        rebuild.stop().await;
+        let rebuild = lock(&self.inner.rebuilds).remove(name);
+        match rebuild {
+            Some(rebuild) => rebuild.stop().await,
+            // Cancelled before, as far as that went.
+            None if self.store().cursor(&name_of(name)).await?.is_some() => {}
+            None => {
+                return Err(HandlerAccessError::Refused(format!(
+                    "handler `{name}` is not being rebuilt"
+                )));
+            }
+        }
         let given_up = async {
             if let Some(rebuildable) = handler.rebuildable() {
                 rebuildable.give_up().await?;
@@ -238,6 +244,11 @@ impl Task {
         tracing::info!(handler, "rebuild is under way");
         let mut delays = RetryPolicy::reconnect().start();
         while !stop.is_cancelled() {
+            if self.elsewhere() {
+                // It is for the process that runs the handler.
+                stop.run_until_cancelled(tokio::time::sleep(LOOK)).await;
+                continue;
+            }
             let step = async {
                 let store = self.bus.inner.log.store();
                 // Without its row it has been built and adopted, and is to be put into place.
@@ -255,6 +266,13 @@ impl Task {
             }
             stop.run_until_cancelled(tokio::time::sleep(delays.next_delay())).await;
         }
+    }
+
+    /// Whether another process runs the handler, or may do so.
+    fn elsewhere(&self) -> bool {
+        let state = self.bus.status(&self.name).map(|status| status.snapshot().state);
+        let waits = matches!(state, Ok(HandlerState::Standby(_) | HandlerState::Starting));
+        waits && self.bus.store().is_shared()
     }
 
     /// Runs what is being built until it has caught up; `false` where it was stopped before.

@@ -109,7 +109,7 @@ impl Burial {
         let mut trouble = None;
         for (letter, outcome) in dead.iter().zip(outcomes) {
             match outcome {
-                Outcome::Done => published.push(letter.event.position),
+                Outcome::Done => published.push((letter.event.position, letter.last_failed_at)),
                 Outcome::Reject { error } => {
                     tracing::error!(
                         handler = &*self.name,
@@ -118,10 +118,12 @@ impl Burial {
                         %error,
                         "a dead letter cannot be published; it stays in the store"
                     );
-                    if refused.len() >= MAX_REFUSED {
-                        refused.pop_first();
+                    if refused.len() < MAX_REFUSED {
+                        refused.insert((letter.event.position, letter.last_failed_at));
+                    } else {
+                        // It will be asked for again: not at once.
+                        trouble = Some(error);
                     }
-                    refused.insert((letter.event.position, letter.last_failed_at));
                 }
                 Outcome::Retry { error, .. } | Outcome::Unavailable { error, .. } => {
                     trouble = Some(error);

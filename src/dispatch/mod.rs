@@ -32,7 +32,7 @@
 //! * *parked*: behind a failed one of its key. It goes on when those before it have ended, and
 //!   no new event of the key can overtake it: that one queues behind it.
 //! * *suspended*: the target is down. No attempt is spent; it is at the front of its lane, and
-//!   the whole handler begins nothing until one event, the probe, has got any other answer.
+//!   the whole handler begins nothing until one event, the probe, is done or rejected.
 //! * *dead*: a dead letter. With [`OnDead::Park`] it stays at the front of its lane until a
 //!   person retries or discards it; with [`OnDead::Continue`] the lane goes on.
 //!

@@ -133,7 +133,7 @@ pub trait Rebuildable: Send + Sync {
     /// built, or it is in its place already, nothing happens.
     ///
     /// # Errors
-    /// Where it cannot now; what serves goes on, and it is tried again.
+    /// Where it cannot now; what serves can still be read, and it is tried again.
     async fn swap(&self) -> Result<(), HandlerError>;
 
     /// Removes what was built.

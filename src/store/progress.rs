@@ -473,9 +473,13 @@ pub trait ProgressStore: Send + Sync + 'static {
     async fn unpublished(&self, handler: &str, limit: usize)
     -> Result<Vec<DeadLetter>, StoreError>;
 
-    /// These dead letters of a handler have been published, and the broker has confirmed it.
-    async fn mark_published(&self, handler: &str, positions: &[Position])
-    -> Result<(), StoreError>;
+    /// These dead letters of a handler have been published, and the broker has confirmed it; each
+    /// with when it last failed, since one that has died again meanwhile has not been.
+    async fn mark_published(
+        &self,
+        handler: &str,
+        letters: &[(Position, OffsetDateTime)],
+    ) -> Result<(), StoreError>;
 
     /// Starts a redrive (D6, D7). One that finds nothing is done at once. What another redrive
     /// has taken up is passed over.

@@ -1012,7 +1012,16 @@ pub async fn dead_letters_are_published_once(fixture: &dyn Fixture) {
     assert_eq!(unpublished(2).await, [2, 4]);
     assert_eq!(store.unpublished("h", 1).await.unwrap(), [letter(&*store, "h", 2).await]);
     store.mark_published("h", &[]).await.unwrap();
-    store.mark_published("h", &[1, 2, 5, 6, 99].map(Position)).await.unwrap();
+    let failed_at = async |position| {
+        (Position(position), letter(&*store, "h", position).await.failure.last_failed_at)
+    };
+    // One that has failed again since is not the one that was published.
+    let (four, at) = failed_at(4).await;
+    store.mark_published("h", &[(four, at - time::Duration::SECOND)]).await.unwrap();
+    assert_eq!(unpublished(ALL).await, [2, 4, 6]);
+    let (one, two, six) = (failed_at(1).await, failed_at(2).await, failed_at(6).await);
+    let published = [one, two, (Position(5), at), six, (Position(99), at)];
+    store.mark_published("h", &published).await.unwrap();
     assert_eq!(unpublished(ALL).await, [4]);
     assert_eq!(store.unpublished("other", ALL).await.unwrap().len(), 1);
     let standings: Vec<_> = rows(&*store, "h").await.iter().map(|row| row.standing).collect();

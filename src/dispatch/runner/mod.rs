@@ -102,8 +102,7 @@ pub(crate) async fn run(setup: Setup, mut commands: mpsc::UnboundedReceiver<Comm
                     runner = &mut starting => break runner,
                     () = stop.cancelled() => return End::Stopped,
                     Some(command) = commands.recv() => match command {
-                        // Newer than what the claim said.
-                        Command::Pause(told) => paused = Some(told),
+                        Command::Pause(told) => paused = Some((Instant::now(), told)),
                         Command::Rewind { done, .. } => {
                             let reason = "it has not started, or another process runs it";
                             let _ = done.send(Err(reason.to_owned()));
@@ -113,7 +112,13 @@ pub(crate) async fn run(setup: Setup, mut commands: mpsc::UnboundedReceiver<Comm
                     },
                 }
             };
-            runner.paused = paused.unwrap_or(runner.paused);
+            // Unless the claim was made later, and knows more.
+            if let Some((at, told)) = paused
+                && at > runner.claimed_at
+            {
+                runner.paused = told;
+                runner.paused_at = Some(at);
+            }
             runner.work(&mut commands).await
         };
         match AssertUnwindSafe(attempt).catch_unwind().await {
@@ -123,6 +128,9 @@ pub(crate) async fn run(setup: Setup, mut commands: mpsc::UnboundedReceiver<Comm
                 let reason = "another pulsebus has opened the same store and runs it now: stop \
                               one of them, then restart the other";
                 setup.status.set_state(HandlerState::Failed(reason.to_owned()));
+                // Whoever tells it something learns that nobody listens.
+                commands.close();
+                while commands.try_recv().is_ok() {}
                 setup.stop.cancelled().await;
                 break;
             }
@@ -149,8 +157,12 @@ struct Runner {
     stop: CancellationToken,
 
     epoch: Epoch,
+    /// When the claim was asked for.
+    claimed_at: Instant,
     lease: Option<Lease>,
     paused: bool,
+    /// When it was last told to pause, or to go on.
+    paused_at: Option<Instant>,
     filter: CachedFilter,
     window: Window,
     lanes: Lanes,
@@ -263,8 +275,10 @@ impl Runner {
         let counters = Counters::new(&metrics, &name);
         let mut runner = Self {
             epoch,
+            claimed_at: asked,
             lease,
             paused,
+            paused_at: None,
             filter: CachedFilter::new(options.events.clone()),
             window: Window::new(cursor),
             head: log.watch_head(),
@@ -334,6 +348,23 @@ impl Runner {
             if last {
                 break;
             }
+            // There may be more of them than a lease lasts.
+            if let Some(lease) = &mut self.lease {
+                let (asked, length) = (Instant::now(), lease.length);
+                match self.log.store().renew(&self.name, self.epoch, length).await {
+                    Ok(paused) => {
+                        self.paused = paused;
+                        lease.until = asked + length;
+                        lease.next = asked + length / 3;
+                    }
+                    Err(StoreError::Fenced(_)) => {
+                        self.fenced = true;
+                        return;
+                    }
+                    // Whether it still holds is found out by the next renewal.
+                    Err(_) => {}
+                }
+            }
         }
         self.status.set_dead(dead);
         self.status.set_settled(self.journal.settled(cursor));
@@ -387,6 +418,8 @@ impl Runner {
             self.load(now);
             self.redrive(now);
             self.feed(now);
+            // What was ready may have something in front of it now that is to be read first.
+            self.load(now);
             self.checkpoint(now);
             self.tell(now);
             let idle = self.lanes.running() == 0 && self.saving.is_none();
@@ -460,7 +493,10 @@ impl Runner {
 
     fn obey(&mut self, command: Command) {
         match command {
-            Command::Pause(paused) => self.paused = paused,
+            Command::Pause(paused) => {
+                self.paused = paused;
+                self.paused_at = Some(Instant::now());
+            }
             Command::Redrive => self.redriving.look(),
             Command::Rewind { to, audit, done } => {
                 if self.rewind.is_some() {

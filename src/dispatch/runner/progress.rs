@@ -184,7 +184,10 @@ impl Runner {
         match renewed {
             Ok(paused) => {
                 lease.until = asked + lease.length;
-                self.paused = paused;
+                // Unless it was told something since the store was asked.
+                if self.paused_at.is_none_or(|at| at < asked) {
+                    self.paused = paused;
+                }
             }
             Err(StoreError::Fenced(_)) => self.fenced = true,
             // Tried again soon; nothing is begun once the claim may have ended.

@@ -87,6 +87,8 @@ impl Runner {
         }
         let (log, name) = (Arc::clone(&self.log), Arc::clone(&self.name));
         let except: Vec<u64> = resting.iter().map(|(redrive, _)| *redrive).collect();
+        // Set again by whoever starts one from now on, which this may not find.
+        *wanted = false;
         *fetching = Some(Box::pin(async move {
             let found = log.store().redriven(&name, &except, BATCH).await?;
             if found.is_empty() {
@@ -106,15 +108,19 @@ impl Runner {
                 let mut trouble = None;
                 Trouble::again(&mut trouble, error.to_string());
                 self.redriving.not_before = trouble.map(|trouble| trouble.until);
+                self.redriving.wanted = true;
                 return;
             }
         };
         let Some(first) = found.first() else {
-            // Those that rest have more.
-            self.redriving.wanted = !self.redriving.resting.is_empty();
-            self.redriving.not_before = self.redriving.next();
+            if !self.redriving.wanted && !self.redriving.resting.is_empty() {
+                // Those that rest have more.
+                self.redriving.wanted = true;
+                self.redriving.not_before = self.redriving.next();
+            }
             return;
         };
+        self.redriving.wanted = true;
         // What the cursor has not passed yet would come again after a crash, whatever was
         // decided here: it has to wait. (Positions come in order.)
         let cursor = self.window.cursor();

@@ -7,6 +7,7 @@ use std::{
 };
 
 use async_trait::async_trait;
+use time::OffsetDateTime;
 
 use super::MemoryStore;
 use crate::{
@@ -307,12 +308,13 @@ impl ProgressStore for MemoryStore {
     async fn mark_published(
         &self,
         handler: &str,
-        positions: &[Position],
+        letters: &[(Position, OffsetDateTime)],
     ) -> Result<(), StoreError> {
         let mut state = self.state_mut();
         let Some(handler) = state.progress.handlers.get_mut(handler) else { return Ok(()) };
-        for position in positions {
+        for (position, failed_at) in letters {
             if let Some(row) = handler.rows.get_mut(position)
+                && row.event.failure.as_ref().is_some_and(|f| f.last_failed_at == *failed_at)
                 && let Standing::Dead { unpublished } = &mut row.event.standing
             {
                 *unpublished = false;

@@ -1,7 +1,7 @@
 //! What handlers have done, in Postgres.
 //!
-//! A handler's row in `cursors` is its lease and its fence. Whatever changes what a handler has
-//! not finished locks that row first: a checkpoint to move the cursor, a redrive to keep
+//! A handler's row in `cursors` is its lease and its fence. Whatever a runner and a redrive
+//! change about what a handler has not finished locks that row first: a checkpoint to move the cursor, a redrive to keep
 //! checkpoints away while it takes rows up. So they cannot lock each other.
 //!
 //! A write that was given up may reach the server later than its repetition, and than what
@@ -384,14 +384,17 @@ impl ProgressStore for PostgresStore {
     async fn mark_published(
         &self,
         handler: &str,
-        positions: &[Position],
+        letters: &[(Position, OffsetDateTime)],
     ) -> Result<(), StoreError> {
         let query = sqlx::query(
-            "UPDATE unfinished SET unpublished = false
-             WHERE handler = $1 AND position = ANY($2) AND unpublished",
+            "UPDATE unfinished AS u SET unpublished = false
+             FROM unnest($2::bigint[], $3::timestamptz[]) AS r(position, failed_at)
+             WHERE u.handler = $1 AND u.position = r.position AND u.unpublished
+               AND u.last_failed_at = r.failed_at",
         )
         .bind(handler)
-        .bind(positions.iter().map(|position| row::signed(position.0)).bind_iter());
+        .bind(letters.iter().map(|(position, _)| row::signed(position.0)).bind_iter())
+        .bind(letters.iter().map(|(_, failed_at)| *failed_at).bind_iter());
         self.reading(query.execute(&self.readers)).await.map(drop)
     }
 

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use sqlx::{Sqlite, SqliteConnection, sqlite::SqliteArguments};
+use time::OffsetDateTime;
 
 use super::{
     SqliteStore,
@@ -338,15 +339,19 @@ impl ProgressStore for SqliteStore {
     async fn mark_published(
         &self,
         handler: &str,
-        positions: &[Position],
+        letters: &[(Position, OffsetDateTime)],
     ) -> Result<(), StoreError> {
+        let letters = array(letters.iter(), |(position, failed_at), out| {
+            row::write_json(&(row::signed(position.0), text_time(*failed_at)?), out)
+        });
         self.run(
             sqlx::query(
-                "UPDATE unfinished SET unpublished = 0 WHERE handler = ?1 AND unpublished
-                   AND position IN (SELECT value FROM json_each(?2))",
+                "UPDATE unfinished SET unpublished = 0 FROM json_each(?2) AS j
+                 WHERE handler = ?1 AND unpublished AND position = j.value ->> 0
+                   AND last_failed_at = j.value ->> 1",
             )
             .bind(handler)
-            .bind(numbers(positions.iter().map(|p| p.0))),
+            .bind(letters.map_err(unrefused)?),
         )
         .await
         .map(drop)

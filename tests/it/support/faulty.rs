@@ -16,6 +16,7 @@ use pulsebus::{
     },
     transport::{Mark, Receipt},
 };
+use time::OffsetDateTime;
 
 /// What becomes of a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -234,9 +235,9 @@ impl ProgressStore for Faulty {
     async fn mark_published(
         &self,
         handler: &str,
-        positions: &[Position],
+        letters: &[(Position, OffsetDateTime)],
     ) -> Result<(), StoreError> {
-        self.call("mark_published", self.store.mark_published(handler, positions)).await
+        self.call("mark_published", self.store.mark_published(handler, letters)).await
     }
 
     async fn start_redrive(&self, what: &NewRedrive) -> Result<Redrive, StoreError> {
