@@ -69,6 +69,9 @@ pub(super) struct To {
 pub(super) struct Rebuild {
     #[command(flatten)]
     handler: Named,
+    /// Ends a rebuild that is under way; what serves goes on
+    #[arg(long)]
+    cancel: bool,
     #[command(flatten)]
     wait: WaitArgs,
 }
@@ -235,9 +238,14 @@ async fn rewind(settings: &SettingsArgs, args: &Rewind) -> Result<(), Failure> {
 }
 
 async fn rebuild(settings: &SettingsArgs, args: &Rebuild) -> Result<(), Failure> {
-    let Rebuild { handler: named, wait } = args;
+    let Rebuild { handler: named, cancel, wait } = args;
     let client = named.client.client(settings)?;
     let name = &*named.name;
+    if *cancel {
+        let path = ["v1", "handlers", name, "rebuild", "cancel"];
+        let answer: Box<RawValue> = client.tell(&path, &named.by.query(), None).await?;
+        return say(&answer, named, "is not being rebuilt any more; what serves goes on");
+    }
     let path = ["v1", "handlers", name, "rebuild"];
     let answer: Box<RawValue> = client.tell(&path, &named.by.query(), None).await?;
     if !wait.wanted() {

@@ -326,6 +326,7 @@ async fn a_rebuild_is_followed_to_its_end() {
     };
     let app = Router::new()
         .route("/v1/handlers/{name}/rebuild", post(begin))
+        .route("/v1/handlers/{name}/rebuild/cancel", post(async || r#"{"name":"search"}"#))
         .route("/v1/handlers/search", get(look));
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
@@ -345,6 +346,9 @@ async fn a_rebuild_is_followed_to_its_end() {
     assert_eq!((code, out.trim_end()), (0, "handler search has been rebuilt"), "{err}");
     assert!(err.contains("503") && err.contains("waiting for it"), "{err}");
     assert_eq!(looks.load(SeqCst), 4);
+    let (code, out, err) = rebuild(&["search", "--cancel"]).await;
+    assert_eq!((code, &*err), (0, ""));
+    assert!(out.contains("not being rebuilt any more"), "{out}");
     let (code, _, err) = rebuild(&["mail", "--wait"]).await;
     assert_eq!(code, 1);
     assert!(err.contains("keeps nothing to rebuild"), "{err}");
