@@ -88,7 +88,7 @@
 //! | [`config`] | file, environment, flags; checked settings | |
 //! | [`api`] | the HTTP server | |
 //! | [`telemetry`] | logs and metrics | |
-//! | [`retry`], [`secret`] | how soon to try again; what must not be printed | |
+//! | [`retry`], [`secret`], [`tls`] | how soon to try again; what must not be printed; certificates from files | |
 //!
 //! A contract is a numbered list at the trait. A test that holds an implementation to a clause
 //! is named after it.
@@ -119,4 +119,5 @@ pub mod retry;
 pub mod secret;
 pub mod store;
 pub mod telemetry;
+pub mod tls;
 pub mod transport;

@@ -18,7 +18,8 @@ use crate::{
     event::Expr,
     secret::Secret,
     telemetry::LogFormat,
-    transport::{TlsOptions, amqp::AmqpSource, nats::NatsSource},
+    tls::TlsOptions,
+    transport::{amqp::AmqpSource, nats::NatsSource},
 };
 
 /// What stands in place of a secret.

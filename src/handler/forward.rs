@@ -268,6 +268,9 @@ fn outcome(result: Result<(), PublishError>) -> Outcome {
         Err(PublishError::Refused(why)) => Outcome::reject(HandlerError::new(why)),
         Err(PublishError::Failed(why)) => Outcome::retry(HandlerError::new(why)),
         Err(PublishError::Unavailable(why)) => Outcome::unavailable(HandlerError::new(why)),
+        Err(PublishError::Later { reason, after }) => {
+            Outcome::Unavailable { error: HandlerError::new(reason), after: Some(after) }
+        }
     }
 }
 

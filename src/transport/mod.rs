@@ -50,7 +50,7 @@ pub mod http;
 pub mod memory;
 pub mod nats;
 
-use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -209,19 +209,6 @@ pub trait Settle: Send {
     async fn keep_alive(&mut self) {}
 }
 
-/// TLS towards a broker.
-#[derive(Debug, Clone, Default)]
-pub struct TlsOptions {
-    /// A private certificate authority (PEM), in addition to the system's roots.
-    pub ca_file: Option<PathBuf>,
-    /// A client certificate (PEM), with `key_file`.
-    pub cert_file: Option<PathBuf>,
-    /// Its private key (PEM).
-    pub key_file: Option<PathBuf>,
-    /// Handshake before the server speaks (NATS `tls_first`).
-    pub first: bool,
-}
-
 /// Something to publish.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Outbound {
@@ -263,6 +250,14 @@ pub enum PublishError {
     /// The broker is away, blocks publishers, or the outcome is unknown (P5).
     #[error("{0}")]
     Unavailable(String),
+    /// The same, and it says for how long it wants to be left alone (`Retry-After`).
+    #[error("{reason}")]
+    Later {
+        /// Why.
+        reason: String,
+        /// When to try again.
+        after: Duration,
+    },
 }
 
 /// Why a transport could not be opened.

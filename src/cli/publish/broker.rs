@@ -150,7 +150,7 @@ fn explain(error: PublishError, number: u64) -> anyhow::Error {
     let what_now = match &error {
         PublishError::Refused(_) => "it can never be published as it is",
         PublishError::Failed(_) => "check that a stream or queue takes what is sent there",
-        PublishError::Unavailable(_) => {
+        PublishError::Unavailable(_) | PublishError::Later { .. } => {
             "it may have arrived; publishing it again with the same id is safe"
         }
     };

@@ -11,7 +11,8 @@ use crate::{
         settings::{INGEST, TransportSettings, WebhookOptions},
     },
     secret::Secret,
-    transport::{TlsOptions, amqp::AmqpOptions, nats::NatsOptions},
+    tls::TlsOptions,
+    transport::{amqp::AmqpOptions, nats::NatsOptions},
 };
 
 const ANY: &[&str] = &["kind"];

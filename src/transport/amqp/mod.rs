@@ -71,7 +71,7 @@ pub struct AmqpOptions {
     /// Password, in place of the URL's.
     pub password: Option<Secret>,
     /// TLS settings for `amqps`.
-    pub tls: Option<super::TlsOptions>,
+    pub tls: Option<crate::tls::TlsOptions>,
     /// How long connecting, or an answer, may take. Default 10 s.
     pub timeout: Duration,
     /// Heartbeat interval. Default 10 s.

@@ -58,7 +58,7 @@ pub struct NatsOptions {
     /// Password.
     pub password: Option<Secret>,
     /// TLS settings; `None` where the URL decides.
-    pub tls: Option<super::TlsOptions>,
+    pub tls: Option<crate::tls::TlsOptions>,
     /// JetStream domain.
     pub domain: Option<String>,
     /// How long a connection attempt or a JetStream request may take. Default 5 s.
