@@ -370,6 +370,8 @@ async fn open_forward(
     let (transport, address) = (&forward.transport, &forward.address);
     let (publisher, options) =
         open_destination(name, transport, address, forward.exchange.clone(), transports).await?;
+    let headers = forward.headers.iter().map(|(name, value)| (name.clone(), value.clone()));
+    let options = ForwardOptions { headers: headers.collect(), format: forward.format, ..options };
     let handler = ForwardHandler::new(&**name, publisher, options)
         .map_err(|error| handler_error(name, &error))?;
     Ok(Arc::new(handler))

@@ -37,8 +37,7 @@ pub use error::{ConfigError, ConfigErrors};
 pub use load::{DEFAULT_FILE, Flag, Inputs, Loaded, load};
 pub use schema::schema;
 pub use settings::{
-    CheckpointSettings, DEFAULT_LISTEN, DeadLetterSettings, ForwardFormat, ForwardSettings,
-    HandlerKind, HandlerSettings, HttpSettings, INGEST, Limits, LogLevel, ParkedSettings,
-    RetrySettings, Settings, SourceSettings, StoreSettings, TransportSettings, WebhookOptions,
-    WindowSettings,
+    CheckpointSettings, DEFAULT_LISTEN, DeadLetterSettings, ForwardSettings, HandlerKind,
+    HandlerSettings, HttpSettings, INGEST, Limits, LogLevel, ParkedSettings, RetrySettings,
+    Settings, SourceSettings, StoreSettings, TransportSettings, WebhookOptions, WindowSettings,
 };

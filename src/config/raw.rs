@@ -366,7 +366,7 @@ pub(super) struct RawHandler {
     /// Default: `park`; with `ordering = "none"`: `continue`.
     #[schemars(extend("default" = "park"))]
     pub(super) on_dead: Option<RawOnDead>,
-    /// Where dead letters are also published. Not in this version yet: refused.
+    /// Where dead letters are also published, with headers that say why.
     pub(super) dead_letter: Option<RawDeadLetter>,
     /// How far it reads ahead of its cursor.
     pub(super) window: Option<RawWindow>,
@@ -393,14 +393,20 @@ pub(super) struct RawHandler {
     /// forward: a name of `[transports]`. Required.
     pub(super) transport: Option<String>,
     /// forward to nats: the subject, a template of `{type}`, `{key}`, `{source}`, `{subject}`,
-    /// `{id}`. Required there.
+    /// `{id}`, `{handler}` and JSON pointers into the data such as `{/author_id}`. An event
+    /// without such a value is a dead letter. Required there.
     pub(super) subject: Option<String>,
     /// forward to amqp: the exchange, a template; `""` is the default exchange. Required there.
     pub(super) exchange: Option<String>,
     /// forward to amqp: the routing key, a template.
     #[schemars(extend("default" = "{type}"))]
     pub(super) routing_key: Option<String>,
-    /// forward: what the message looks like. This version has `verbatim` and refuses others.
+    /// forward: further headers by name, templates as well; each takes the place of one the event
+    /// has. For amqp also properties, as `":priority"`.
+    #[schemars(extend("default" = {}))]
+    pub(super) headers: Option<BTreeMap<String, String>>,
+    /// forward: what the message looks like: `verbatim`, body and headers as they were published,
+    /// `cloudevents-structured`, `cloudevents-binary` or `native`.
     #[schemars(extend("default" = "verbatim"))]
     pub(super) format: Option<RawForwardFormat>,
 
@@ -475,7 +481,7 @@ pub(super) struct RawRetry {
 pub(super) struct RawDeadLetter {
     /// A name of `[transports]`. Required.
     pub(super) transport: Option<String>,
-    /// nats: the subject, a template; also knows `{handler}`.
+    /// nats: the subject, a template.
     pub(super) subject: Option<String>,
     /// amqp: the exchange, a template.
     pub(super) exchange: Option<String>,

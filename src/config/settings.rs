@@ -12,7 +12,7 @@ use std::{
 use crate::{
     dispatch::{OnDead, Ordering, Start},
     event::DecoderOptions,
-    handler::search::SearchOptions,
+    handler::{forward::ForwardFormat, search::SearchOptions},
     secret::Secret,
     telemetry::LogSettings,
     transport::{amqp::AmqpOptions, nats::NatsOptions},
@@ -221,16 +221,10 @@ pub struct ForwardSettings {
     pub address: String,
     /// AMQP: a template for the exchange; empty names the default exchange. `None` otherwise.
     pub exchange: Option<String>,
+    /// Further headers, by name: templates.
+    pub headers: BTreeMap<String, String>,
     /// What the message looks like.
     pub format: ForwardFormat,
-}
-
-/// What a forwarded message looks like.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum ForwardFormat {
-    /// Body and headers as they were published.
-    #[default]
-    Verbatim,
 }
 
 /// When a failed event is tried again: after `initial`, then `multiplier` times longer each

@@ -288,7 +288,14 @@ impl Page<'_> {
                     }
                     None => self.line(&table, "subject", forward.address.as_str()),
                 }
-                self.line(&table, "format", "verbatim");
+                if !forward.headers.is_empty() {
+                    let headers = forward.headers.iter();
+                    let headers: toml::Table = headers
+                        .map(|(name, value)| (name.clone(), Value::from(value.as_str())))
+                        .collect();
+                    self.line(&table, "headers", Value::Table(headers));
+                }
+                self.line(&table, "format", forward.format.as_str());
             }
             HandlerKind::Log { level } => self.line(&table, "level", level.as_str()),
         }

@@ -4,9 +4,9 @@
 //! `cloudEvents_` (AMQP), ASCII case ignored; all three count on every transport, since a
 //! message keeps its headers on its way from one to the next.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, fmt::Write as _};
 
-use super::{Format, HeaderValue, Message, Reason, reason::excerpt};
+use super::{Event, Format, HeaderValue, Message, Reason, reason::excerpt, rfc3339};
 
 const FORMAT: Format = Format::CloudeventsBinary;
 
@@ -108,6 +108,57 @@ pub(super) fn attribute(message: &MessageRef<'_>, name: &str) -> Option<String> 
     })
 }
 
+/// All attributes among the headers of an event, decoded, in order; of a repeated one the first.
+pub(super) fn attributes(event: &Event) -> Vec<(String, String)> {
+    let mut found: Vec<(String, String)> = Vec::new();
+    for (header, value) in event.headers().iter() {
+        let Some((name, encoded)) = attribute_name(header) else { continue };
+        let text = match (name, value) {
+            (_, HeaderValue::Timestamp(seconds)) => timestamp_text(*seconds),
+            (_, value) => value.to_text().and_then(|text| {
+                let encoded = encoded && &*event.origin().transport != "amqp";
+                if encoded { decode(&text).map(Cow::into_owned) } else { Some(text.into_owned()) }
+            }),
+        };
+        if let Some(text) = text
+            && !found.iter().any(|(known, _)| known.eq_ignore_ascii_case(name))
+        {
+            found.push((name.to_owned(), text));
+        }
+    }
+    found
+}
+
+/// The text of a time that AMQP holds as seconds since 1970.
+pub(crate) fn timestamp_text(seconds: u64) -> Option<String> {
+    rfc3339::from_seconds(seconds)
+}
+
+/// The attribute that a header of this name holds, and whether that header's binding
+/// percent-encodes its value.
+pub(crate) fn attribute_in(header: &str) -> Option<(&str, bool)> {
+    attribute_name(header).filter(|(name, _)| !name.is_empty())
+}
+
+/// A value as the HTTP and NATS bindings write it (CloudEvents HTTP binding, section 3.1.3.2):
+/// blanks, quotes, percent signs and what is no visible ASCII are percent-encoded.
+pub(crate) fn encode(text: &str) -> Cow<'_, str> {
+    let plain = |b: u8| matches!(b, 0x21..=0x7e) && !matches!(b, b'"' | b'%');
+    if text.bytes().all(plain) {
+        return Cow::Borrowed(text);
+    }
+    let mut encoded = String::with_capacity(text.len() + 8);
+    for byte in text.bytes() {
+        if plain(byte) {
+            encoded.push(char::from(byte));
+        } else {
+            // Writing to a string does not fail.
+            let _ = write!(encoded, "%{byte:02X}");
+        }
+    }
+    encoded.into()
+}
+
 /// What [`attribute`] looks at.
 pub(super) struct MessageRef<'a> {
     pub(super) headers: &'a super::Headers,
@@ -132,7 +183,7 @@ fn attribute_name(header: &str) -> Option<(&str, bool)> {
 /// Decodes a header value after the CloudEvents HTTP binding, section 3.1.3.2: first a quoted
 /// string, then one round of percent-decoding. `None` where that gives no UTF-8. A percent sign
 /// that no two hexadecimal digits follow stands for itself.
-fn decode(text: &str) -> Option<Cow<'_, str>> {
+pub(crate) fn decode(text: &str) -> Option<Cow<'_, str>> {
     let quoted = text.len() >= 2 && text.starts_with('"') && text.ends_with('"');
     if !quoted && !text.contains('%') {
         return Some(Cow::Borrowed(text));

@@ -1,9 +1,11 @@
 //! Message in, event out, or the reason why not.
 //!
 //! # Which format
-//! The first that applies, unless [`DecoderOptions::format`] pins one:
+//! A message with a `pulsebus-type` header is *raw*: `forward` says so of events that were. For
+//! others the first that applies, unless [`DecoderOptions::format`] pins one:
 //! 1. *cloudevents-structured*: content type `application/cloudevents+json` (with or without
-//!    parameters), or a JSON object with a `specversion` member.
+//!    parameters), or a JSON object with a `specversion` member; where a header says
+//!    `specversion` as well, only one with all of `id`, `source` and `type` and no content type.
 //! 2. *cloudevents-binary*: a header for at least one of the attributes `specversion`, `id`,
 //!    `source`, `type`, with the prefix `ce-`, `cloudEvents:` or `cloudEvents_`. The other
 //!    extensions (`ce-traceparent` alone) make no CloudEvent.
@@ -28,12 +30,14 @@
 //! * A member of the wrong type (an `id` that is an object) is an error in CloudEvents and
 //!   native events; raw events never promised anything, and there it counts as absent.
 //!   So does a body member `key` of a binary event that could be no key: it is data there.
-//! * Where no `id` is found so far: the `Nats-Msg-Id` header, the AMQP property `message_id`,
+//! * Where no `id` is found so far: the `pulsebus-id` header (which `forward` sets where no other
+//!   can hold the id), the `Nats-Msg-Id` header, the AMQP property `message_id`,
 //!   the `webhook-id` header (which `forward` sets, and which is the same over a webhook's
 //!   retries), [`Origin::stable_id`](super::Origin::stable_id), a fresh UUIDv7.
 //! * Where no `source` is found so far: the `pulsebus-source` header,
 //!   [`DecoderOptions::event_source`], `/`.
 //! * Where no key is found so far: [`DecoderOptions::key`], `subject`, the id.
+//! * The `pulsebus-…` headers are percent-encoded as CloudEvents attributes are: not in AMQP.
 //! * Of a repeated member the last counts, of a repeated header the first.
 
 use std::{borrow::Cow, hash::Hasher as _, sync::Arc};
@@ -157,8 +161,8 @@ impl Decoder {
 
         let kind = match found.kind {
             Some(kind) => self.names.get(checked("type", &kind)?),
-            None => match headers.get_str("pulsebus-type").filter(|t| !t.is_empty()) {
-                Some(kind) => self.names.get(checked("type", kind)?),
+            None => match ours(message, "pulsebus-type")? {
+                Some(kind) => self.names.get(checked("type", &kind)?),
                 None => match resolve(&self.options.type_from) {
                     Some(kind) => self.names.get(checked("type", &kind)?),
                     None if origin.subject.is_empty() => self.names.get("raw"),
@@ -171,8 +175,8 @@ impl Decoder {
         };
         let source = match &found.source {
             Some(source) => self.names.get(checked("source", source)?),
-            None => match headers.get_str("pulsebus-source").filter(|s| !s.is_empty()) {
-                Some(source) => self.names.get(checked("source", source)?),
+            None => match ours(message, "pulsebus-source")? {
+                Some(source) => self.names.get(checked("source", &source)?),
                 None => Arc::clone(&self.default_source),
             },
         };
@@ -187,11 +191,8 @@ impl Decoder {
         // The id comes last: one is made only for what is an event in every other respect.
         let id = match found.id {
             Some(id) => boxed("id", id)?,
-            None => match ["nats-msg-id", ":message_id", "webhook-id"]
-                .into_iter()
-                .find_map(|name| headers.get_str(name).filter(|id| !id.is_empty()))
-            {
-                Some(id) => boxed("id", id.into())?,
+            None => match message_id(message)? {
+                Some(id) => boxed("id", id)?,
                 None => match origin.stable_id() {
                     Some(id) => boxed("id", id.into())?,
                     None if self.options.require_id => return Err(Reason::NoId),
@@ -208,6 +209,27 @@ impl Decoder {
         let key = key.unwrap_or_else(|| id.clone());
         Ok(Read { format: found.format, id, source, kind, subject, time: found.time, key })
     }
+}
+
+/// A header that `forward` sets; where its values are percent-encoded, decoded.
+fn ours<'a>(message: &'a Message, name: &'static str) -> Result<Option<Cow<'a, str>>, Reason> {
+    let Some(text) = message.headers.get_str(name).filter(|text| !text.is_empty()) else {
+        return Ok(None);
+    };
+    if &*message.origin.transport == "amqp" {
+        return Ok(Some(Cow::Borrowed(text)));
+    }
+    let decoded = binary::decode(text);
+    decoded.map(Some).ok_or_else(|| Reason::PercentEncoding { name, found: excerpt(text) })
+}
+
+/// The id that the message has, rather than the event in it.
+fn message_id(message: &Message) -> Result<Option<Cow<'_, str>>, Reason> {
+    if let Some(id) = ours(message, "pulsebus-id")? {
+        return Ok(Some(id));
+    }
+    let text = |name| message.headers.get_str(name).filter(|id| !id.is_empty());
+    Ok(["nats-msg-id", ":message_id", "webhook-id"].into_iter().find_map(text).map(Cow::Borrowed))
 }
 
 /// The attributes, owned.
@@ -256,14 +278,23 @@ fn find<'a>(options: &DecoderOptions, message: &'a Message) -> Result<Found<'a>,
         }
         .map_err(|why| Reason::Pinned { format, why: Box::new(why) });
     }
-    if declared || members.specversion.is_some() {
+    if message.headers.get_str("pulsebus-type").is_some_and(|kind| !kind.is_empty()) {
+        return raw(json, &members);
+    }
+    if declared {
         return structured(&members);
     }
-    if !message.headers.is_empty() {
-        let attributes = Attributes::of(message);
-        if attributes.is_event() {
-            return binary(json, &members, attributes);
+    let attributes = Attributes::of(message);
+    if members.specversion.is_some() {
+        // Data in binary mode may have a `specversion` of their own.
+        let complete = members.id.is_some() && members.source.is_some() && members.kind.is_some();
+        let typed = message.headers.content_type().is_some();
+        if attributes.specversion.is_none() || (complete && !typed) {
+            return structured(&members);
         }
+    }
+    if attributes.is_event() {
+        return binary(json, &members, attributes);
     }
     let typed = members.kind.is_some_and(|kind| kind.starts_with('"'));
     if typed && members.data.is_some() { native(&members) } else { raw(json, &members) }

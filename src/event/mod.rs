@@ -9,9 +9,10 @@
 //! [`MAX_DEPTH`] deep and is never changed; an attribute never differs from what the body or
 //! the headers say.
 
-mod binary;
+pub(crate) mod binary;
 mod decode;
 mod domain;
+mod encode;
 mod expr;
 mod headers;
 mod new;
@@ -21,6 +22,7 @@ mod scan;
 
 pub use decode::{Decoder, DecoderOptions};
 pub use domain::{DomainEvent, UnixTimestamp};
+pub use encode::{EncodeError, Encoded};
 pub use expr::{Expr, ParseExprError};
 pub use headers::{HeaderValue, Headers};
 pub use new::{NewEvent, NewEventError};
@@ -314,6 +316,16 @@ impl Event {
             return direct.or_else(|error| rebuilt().map_err(|_| error));
         }
         rebuilt()
+    }
+
+    /// The event in this format: as it is where it is in it already, otherwise written anew with
+    /// its id, source, type and data. See the table at the head of `event/encode.rs`.
+    ///
+    /// # Errors
+    /// Where the format has no place for the event: any for [`Format::Raw`], data that is not
+    /// JSON for [`Format::Native`].
+    pub fn encode(&self, format: Format) -> Result<Encoded, EncodeError> {
+        encode::encode(self, format)
     }
 
     /// A CloudEvents attribute that is not a column of the log, as text: `datacontenttype`,

@@ -31,6 +31,12 @@ pub(super) fn from_millis(millis: i64) -> Option<OffsetDateTime> {
     super::UnixTimestamp(millis).try_into().ok()
 }
 
+/// A time so many seconds after 1970 began, as RFC 3339.
+pub(super) fn from_seconds(seconds: u64) -> Option<String> {
+    let at = OffsetDateTime::from_unix_timestamp(i64::try_from(seconds).ok()?).ok()?;
+    at.format(&time::format_description::well_known::Rfc3339).ok()
+}
+
 /// The microseconds of `.123456789…`, and what follows.
 fn fraction(rest: &[u8]) -> Option<(u32, &[u8])> {
     let Some(digits) = rest.strip_prefix(b".") else {

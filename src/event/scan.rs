@@ -86,6 +86,25 @@ pub(crate) fn member<'a>(json: &'a str, name: &str) -> Option<&'a str> {
     walk.ok().and(found)
 }
 
+/// The top-level members of an object in order, repeated ones each time: names unescaped, raw
+/// values. Names that are no Unicode text are left out.
+pub(super) fn all_members(json: &str) -> Vec<(Cow<'_, str>, &str)> {
+    let mut scanner = Scanner::new(json);
+    let mut found = Vec::new();
+    scanner.space();
+    if scanner.peek() == Some(b'{') {
+        let walk = scanner.object(|name, value| {
+            if let Some(text) = unescape(name.raw) {
+                found.push((text, value));
+            }
+        });
+        if walk.is_err() {
+            found.clear();
+        }
+    }
+    found
+}
+
 /// The raw text an RFC 6901 pointer points at; the last one where a member repeats.
 pub(crate) fn pointer<'a>(json: &'a str, pointer: &str) -> Option<&'a str> {
     let mut here = json.trim_ascii();

@@ -50,6 +50,11 @@ pub enum Place {
     Amqp,
     /// The path of a URL. A value is one segment, percent-encoded. At most 2,048 bytes.
     UrlPath,
+    /// A header of NATS. In a value `%` and control characters are percent-encoded.
+    NatsHeader,
+    /// A header of HTTP. In a value `%`, control characters and what is not ASCII are
+    /// percent-encoded.
+    HttpHeader,
     /// Anything else. Values as they are.
     #[default]
     Plain,
@@ -64,6 +69,16 @@ impl Place {
             "amqp" => Self::Amqp,
             "http" => Self::UrlPath,
             _ => Self::Plain,
+        }
+    }
+
+    /// The place of the headers of a message whose address is this place.
+    #[must_use]
+    pub const fn of_headers(self) -> Self {
+        match self {
+            Self::NatsSubject | Self::NatsHeader => Self::NatsHeader,
+            Self::UrlPath | Self::HttpHeader => Self::HttpHeader,
+            Self::Amqp | Self::Plain => Self::Plain,
         }
     }
 }
@@ -85,6 +100,14 @@ pub enum ParseTemplateError {
         /// What is in braces.
         name: String,
     },
+    /// A header that no message there can be given.
+    #[error("header `{name}` {problem}")]
+    Header {
+        /// Its name.
+        name: String,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
     /// Whatever the values, it renders to nothing that fits its place.
     #[error("template `{template}` {problem}")]
     Place {
@@ -99,7 +122,7 @@ pub enum ParseTemplateError {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum RenderError {
     /// The event has no such value.
-    #[error("{{{field}}} has no value in event {id}, so there is no address to publish it to")]
+    #[error("{{{field}}} has no value in event {id}, so no message can be made of it")]
     Missing {
         /// What is in braces.
         field: String,
@@ -107,7 +130,7 @@ pub enum RenderError {
         id: String,
     },
     /// The event has one that cannot be part of an address here.
-    #[error("{{{field}}} of event {id} is {problem}, so there is no address to publish it to")]
+    #[error("{{{field}}} of event {id} is {problem}, so no message can be made of it")]
     Value {
         /// What is in braces.
         field: String,
@@ -117,7 +140,9 @@ pub enum RenderError {
         problem: &'static str,
     },
     /// The whole is longer than its place takes.
-    #[error("the address of event {id} is {length} bytes long; at most {limit} are possible")]
+    #[error(
+        "what a template makes of event {id} is {length} bytes long; at most {limit} are possible"
+    )]
     TooLong {
         /// The event's id.
         id: String,
@@ -186,6 +211,7 @@ impl Template {
             Place::Amqp => (sample.len() > MAX_SHORT_STRING_BYTES)
                 .then_some("is longer than the 255 bytes that AMQP allows"),
             Place::UrlPath => path_problem(&sample),
+            Place::NatsHeader | Place::HttpHeader => header_problem(&sample, place),
             Place::Plain => None,
         };
         match problem {
@@ -221,6 +247,8 @@ impl Template {
                 Place::NatsSubject => Ok(encode(value, keeps_token)),
                 Place::UrlPath if matches!(&*value, "." | "..") => Err(wrong("a step in a path")),
                 Place::UrlPath => Ok(encode(value, keeps_segment)),
+                Place::NatsHeader => Ok(encode(value, keeps_nats_header)),
+                Place::HttpHeader => Ok(encode(value, keeps_http_header)),
                 Place::Amqp | Place::Plain => Ok(value),
             }
         })?;
@@ -228,7 +256,7 @@ impl Template {
             Place::NatsSubject => MAX_SUBJECT_BYTES,
             Place::Amqp => MAX_SHORT_STRING_BYTES,
             Place::UrlPath => MAX_PATH_BYTES,
-            Place::Plain => usize::MAX,
+            Place::NatsHeader | Place::HttpHeader | Place::Plain => usize::MAX,
         };
         if text.len() > limit {
             let (id, length) = (event.id().to_owned(), text.len());
@@ -328,6 +356,14 @@ fn keeps_segment(c: char) -> bool {
     c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_' | '~')
 }
 
+fn keeps_nats_header(c: char) -> bool {
+    c != '%' && !c.is_control()
+}
+
+fn keeps_http_header(c: char) -> bool {
+    keeps_nats_header(c) && c.is_ascii()
+}
+
 fn encode(value: Cow<'_, str>, keeps: fn(char) -> bool) -> Cow<'_, str> {
     if value.chars().all(keeps) {
         return value;
@@ -371,6 +407,16 @@ fn path_problem(path: &str) -> Option<&'static str> {
         return Some("is no path: it has a ?, # or \\");
     }
     (path.len() > MAX_PATH_BYTES).then_some("is longer than 2,048 bytes")
+}
+
+fn header_problem(value: &str, place: Place) -> Option<&'static str> {
+    if value.chars().any(char::is_control) {
+        return Some("has control characters, which no header has");
+    }
+    if place == Place::HttpHeader && !value.is_ascii() {
+        return Some("has other characters than ASCII, which no HTTP header has");
+    }
+    None
 }
 
 #[cfg(test)]

@@ -218,7 +218,8 @@ pub struct Outbound {
     pub address: Box<str>,
     /// AMQP exchange; other transports ignore it.
     pub exchange: Option<Arc<str>>,
-    /// Headers and properties; each transport carries over what it can.
+    /// Headers and properties, by the names of the transport they go to (AMQP: properties as
+    /// `:content_type`). What it has no place for is left out.
     pub headers: Headers,
     /// The payload.
     pub body: Bytes,

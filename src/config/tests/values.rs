@@ -1,14 +1,15 @@
 //! Defaults, precedence, and what is refused.
 
-use std::{path::Path, time::Duration};
+use std::{collections::BTreeMap, path::Path, time::Duration};
 
 use proptest::prelude::*;
 
 use super::{Given, with_brokers};
 use crate::config::{
-    CheckpointSettings, ForwardFormat, ForwardSettings, HandlerKind, INGEST, OnDead, Ordering,
-    RetrySettings, Start, StoreSettings, TransportSettings, WindowSettings,
+    CheckpointSettings, ForwardSettings, HandlerKind, INGEST, OnDead, Ordering, RetrySettings,
+    Start, StoreSettings, TransportSettings, WindowSettings,
 };
+use crate::handler::forward::ForwardFormat;
 
 #[test]
 fn with_nothing_configured_there_is_sqlite_http_and_the_lesson_index() {
@@ -135,6 +136,7 @@ fn the_environment_reaches_names_with_dashes_and_values_of_every_type() {
         transport: "rabbit".into(),
         address: "{type}".into(),
         exchange: Some("edupulse".into()),
+        headers: BTreeMap::new(),
         format: ForwardFormat::Verbatim,
     };
     assert_eq!(*forward, expected);
@@ -469,17 +471,17 @@ fn each_rule_names_the_key_and_what_to_do() {
         (
             "handlers.h = { kind = \"forward\", transport = \"nats\", subject = \"a.*\" }",
             "handlers.h.subject",
-            "wildcards",
+            "wildcard",
         ),
         (
             "handlers.h = { kind = \"forward\", transport = \"nats\", subject = \"a.{typ}\" }",
             "handlers.h.subject",
-            "did you mean `type`?",
+            "there is {type}",
         ),
         (
             "handlers.h = { kind = \"forward\", transport = \"nats\", subject = \"a.{type\" }",
             "handlers.h.subject",
-            "partner",
+            "single brace",
         ),
         (
             "handlers.h = { kind = \"forward\", transport = \"nats\", subject = \"a\", exchange = \"e\" }",
@@ -492,9 +494,14 @@ fn each_rule_names_the_key_and_what_to_do() {
             "default exchange",
         ),
         (
-            "handlers.h = { kind = \"forward\", transport = \"nats\", subject = \"a\", format = \"native\" }",
-            "handlers.h.format",
-            "not in this version yet",
+            "handlers.h = { kind = \"forward\", transport = \"nats\", subject = \"a\", headers = { Nats-Rollup = \"all\" } }",
+            "handlers.h.headers.Nats-Rollup",
+            "order to the NATS server",
+        ),
+        (
+            "handlers.h = { kind = \"forward\", transport = \"rabbit\", exchange = \"\", headers = { x = \"{tipe}\" } }",
+            "handlers.h.headers.x",
+            "there is {type}",
         ),
         (
             "transports.t = { kind = \"http\", url = \"https://h\" }\nhandlers.h = { kind = \"forward\", transport = \"t\" }",

@@ -15,14 +15,17 @@ use crate::{
             RawOnDead, RawOrdering, RawRetry, RawStart,
         },
         settings::{
-            CheckpointSettings, DeadLetterSettings, ForwardFormat, ForwardSettings, HandlerKind,
-            HandlerSettings, INGEST, LogLevel, ParkedSettings, RetrySettings, TransportSettings,
-            WindowSettings,
+            CheckpointSettings, DeadLetterSettings, ForwardSettings, HandlerKind, HandlerSettings,
+            INGEST, LogLevel, ParkedSettings, RetrySettings, TransportSettings, WindowSettings,
         },
         text::Span,
     },
     dispatch::{OnDead, Ordering, Start},
-    handler::search::{DocumentMapping, SearchOptions},
+    handler::{
+        forward::{ForwardFormat, ForwardOptions},
+        search::{DocumentMapping, SearchOptions},
+        template::{Place, Template},
+    },
 };
 
 const ANY: &[&str] = &[
@@ -41,11 +44,8 @@ const ANY: &[&str] = &[
     "checkpoint",
 ];
 const SEARCH: &[&str] = &["documents", "path", "commit_interval", "writer_memory", "language"];
-const FORWARD: &[&str] = &["transport", "subject", "exchange", "routing_key", "format"];
+const FORWARD: &[&str] = &["transport", "subject", "exchange", "routing_key", "headers", "format"];
 const LOG: &[&str] = &["level"];
-
-/// What the templates of a destination may hold.
-const FIELDS: &[&str] = &["type", "key", "source", "subject", "id"];
 
 impl Check<'_> {
     pub(super) fn handlers(
@@ -347,15 +347,6 @@ impl Check<'_> {
     ) -> Option<ForwardSettings> {
         let table = ["handlers", name];
         let key = |key| ["handlers", name, key];
-        if let Some(format) = raw.format.filter(|format| *format != RawForwardFormat::Verbatim) {
-            self.wrong(
-                &key("format"),
-                format!(
-                    "`{}` is not in this version yet; set \"verbatim\", or take it out",
-                    word(format).unwrap_or_default()
-                ),
-            );
-        }
         let Some(transport) = raw.transport.as_deref() else {
             self.missing(&key("transport"), "name one of [transports] to publish to");
             return None;
@@ -365,14 +356,33 @@ impl Check<'_> {
             exchange: raw.exchange.as_deref(),
             routing_key: raw.routing_key.as_deref(),
         };
-        let beside = [ANY, &["transport", "format"]].concat();
-        let (address, exchange) =
-            self.destination(&table, transport, to, &beside, FIELDS, transports)?;
+        let beside = [ANY, &["transport", "headers", "format"]].concat();
+        let (address, exchange) = self.destination(&table, transport, to, &beside, transports)?;
+        let headers = raw.headers.clone().unwrap_or_default();
+        if let Some(settings) = transports.get(transport) {
+            for (header, value) in &headers {
+                let one = ForwardOptions {
+                    headers: vec![(header.clone(), value.clone())],
+                    ..ForwardOptions::new(settings.kind(), "x")
+                };
+                if let Err(error) = one.validate() {
+                    self.wrong(&["handlers", name, "headers", header], error.to_string());
+                }
+            }
+        }
         Some(ForwardSettings {
             transport: Arc::from(transport),
             address,
             exchange,
-            format: ForwardFormat::Verbatim,
+            headers,
+            format: match raw.format {
+                None | Some(RawForwardFormat::Verbatim) => ForwardFormat::Verbatim,
+                Some(RawForwardFormat::CloudeventsStructured) => {
+                    ForwardFormat::CloudeventsStructured
+                }
+                Some(RawForwardFormat::CloudeventsBinary) => ForwardFormat::CloudeventsBinary,
+                Some(RawForwardFormat::Native) => ForwardFormat::Native,
+            },
         })
     }
 
@@ -393,9 +403,8 @@ impl Check<'_> {
             exchange: raw.exchange.as_deref(),
             routing_key: raw.routing_key.as_deref(),
         };
-        let fields = [FIELDS, &["handler"]].concat();
         let (address, exchange) =
-            self.destination(&table, transport, to, &["transport"], &fields, transports)?;
+            self.destination(&table, transport, to, &["transport"], transports)?;
         Some(DeadLetterSettings { transport: Arc::from(transport), address, exchange })
     }
 
@@ -407,18 +416,19 @@ impl Check<'_> {
         transport: &str,
         to: To<'_>,
         beside: &[&str],
-        fields: &[&str],
         transports: &BTreeMap<Arc<str>, TransportSettings>,
     ) -> Option<(String, Option<String>)> {
         let key = |key| [table, &[key]].concat();
         match transports.get(transport) {
             Some(TransportSettings::Nats(_)) => {
                 self.only(table, &[beside, &["subject"]], "when forwarding to NATS");
-                Some((self.subject_template(&key("subject"), to.subject, fields), None))
+                let place = Place::NatsSubject;
+                Some((self.subject_template(&key("subject"), to.subject, place), None))
             }
             Some(TransportSettings::Memory) => {
                 self.only(table, &[beside, &["subject"]], "when forwarding within the process");
-                Some((self.subject_template(&key("subject"), to.subject, fields), None))
+                let place = Place::Plain;
+                Some((self.subject_template(&key("subject"), to.subject, place), None))
             }
             Some(TransportSettings::Amqp(_)) => {
                 let known: &[&str] = &["exchange", "routing_key"];
@@ -432,8 +442,8 @@ impl Check<'_> {
                 }
                 let exchange = to.exchange.unwrap_or_default().to_owned();
                 let routing_key = to.routing_key.unwrap_or("{type}").to_owned();
-                self.template(&key("exchange"), &exchange, fields);
-                self.template(&key("routing_key"), &routing_key, fields);
+                self.template(&key("exchange"), &exchange, Place::Amqp);
+                self.template(&key("routing_key"), &routing_key, Place::Amqp);
                 Some((routing_key, Some(exchange)))
             }
             Some(TransportSettings::Http(_)) => {
@@ -460,40 +470,22 @@ impl Check<'_> {
         }
     }
 
-    fn subject_template(&mut self, path: &[&str], given: Option<&str>, fields: &[&str]) -> String {
+    fn subject_template(&mut self, path: &[&str], given: Option<&str>, place: Place) -> String {
         match given {
             None | Some("") => {
                 self.missing(path, "name the subject, as in \"mirror.{type}\"");
                 String::new()
             }
             Some(subject) => {
-                self.template(path, subject, fields);
-                if subject.contains(['*', '>']) || subject.contains(char::is_whitespace) {
-                    self.wrong(path, "has wildcards or spaces; a message goes to one subject");
-                }
+                self.template(path, subject, place);
                 subject.to_owned()
             }
         }
     }
 
-    fn template(&mut self, path: &[&str], template: &str, fields: &[&str]) {
-        let mut rest = template;
-        while let Some(at) = rest.find(['{', '}']) {
-            let end = rest[at..].find('}').filter(|_| rest[at..].starts_with('{'));
-            let Some(end) = end else {
-                self.wrong(path, "a brace without its partner; fields are written as {type}");
-                return;
-            };
-            let field = &rest[at + 1..at + end];
-            if !fields.contains(&field) {
-                let near = crate::config::error::did_you_mean(field, fields.iter().copied());
-                let known: Vec<_> = fields.iter().map(|field| format!("{{{field}}}")).collect();
-                self.wrong(
-                    path,
-                    format!("unknown field `{{{field}}}`; there are {}{near}", known.join(", ")),
-                );
-            }
-            rest = &rest[at + end + 1..];
+    fn template(&mut self, path: &[&str], template: &str, place: Place) {
+        if let Err(error) = Template::parse(template).and_then(|parsed| parsed.check(place)) {
+            self.wrong(path, error.to_string());
         }
     }
 }

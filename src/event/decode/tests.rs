@@ -308,7 +308,8 @@ fn the_type_of_raw_events_is_the_first_that_applies() {
     assert_eq!(kind(sent.clone()), "Typed");
     assert_eq!(kind(from(message("1"), "nats", "edu.lessons")), "edu");
     assert_eq!(kind(with(sent.clone(), &[("pulsebus-type", "Forwarded")])), "Forwarded");
-    assert_eq!(kind(with(message(r#"{"type":"T","data":1}"#), &[("pulsebus-type", "x")])), "T");
+    // It says that the message is raw, whatever it looks like.
+    assert_eq!(kind(with(message(r#"{"type":"T","data":1}"#), &[("pulsebus-type", "x")])), "x");
     assert_eq!(decode(sent).kind(), "edu.lessons");
     assert_eq!(decode(message("1")).kind(), "raw");
     let odd = from(message("1"), "amqp", "a\nb");

@@ -3,7 +3,7 @@ use std::sync::Mutex;
 use bytes::Bytes;
 
 use super::*;
-use crate::event::{Event, EventParts, Origin, Position};
+use crate::event::{Event, EventParts, HeaderValue, Origin, Position};
 
 /// Takes what it is told to take, and remembers it.
 #[derive(Default)]
@@ -69,6 +69,11 @@ async fn forward(kind: &str, event: EventParts) -> Outbound {
     broker.taken.lock().unwrap().pop().unwrap()
 }
 
+/// As a consumer of that transport hands it over.
+fn by(transport: &str, parts: EventParts) -> EventParts {
+    EventParts { origin: Origin { transport: transport.into(), ..Origin::default() }, ..parts }
+}
+
 fn names(headers: &Headers) -> Vec<&str> {
     headers.iter().map(|(name, _)| name).collect()
 }
@@ -117,8 +122,7 @@ async fn every_answer_becomes_its_outcome() {
         [
             "done",
             "reject: too large",
-            "reject: {subject} has no value in event no subject, so there is no address to \
-             publish it to",
+            "reject: {subject} has no value in event no subject, so no message can be made of it",
             "retry: unroutable",
             "done",
             "unavailable: blocked",
@@ -184,11 +188,14 @@ async fn an_exchange_is_a_template_too() {
 
 #[tokio::test]
 async fn what_belongs_to_the_hop_stays_behind() {
-    let mut headers = Headers::new();
-    for name in [
-        "Nats-Msg-Id",
-        "nats-expected-last-sequence",
-        "Nats-Rollup",
+    let gone = |names: &[&'static str]| {
+        let mut headers = Headers::new();
+        for name in names {
+            headers.push(*name, "gone");
+        }
+        headers
+    };
+    let mut amqp = gone(&[
         ":message_id",
         ":user_id",
         ":expiration",
@@ -196,26 +203,30 @@ async fn what_belongs_to_the_hop_stays_behind() {
         "X-First-Death-Queue",
         "x-last-death-reason",
         "x-delivery-count",
-        "Authorization",
-        "Cookie",
         "pulsebus-type",
-    ] {
-        headers.push(name, "gone");
+        "pulsebus-source",
+    ]);
+    amqp.push("CC", HeaderValue::Array(vec!["elsewhere".into()]));
+    let nats =
+        gone(&["Nats-Msg-Id", "nats-expected-last-sequence", "Nats-Rollup", "pulsebus-type"]);
+    let http = gone(&["authorization", "cookie", "webhook-signature", "webhook-timestamp"]);
+    for (from, mut headers, id) in
+        [("amqp", amqp, true), ("nats", nats, true), ("http", http, false)]
+    {
+        headers.push("traceparent", "00-1");
+        headers.push("x-tenant", "a");
+        headers.push("x-tenant", "b");
+        let event = EventParts { headers, ..parts("e1", Format::Native, "{}") };
+        let sent = forward("amqp", by(from, event)).await.headers;
+        let mut expected = vec!["traceparent", "x-tenant", "x-tenant"];
+        if id {
+            // The message's own id, which the event does not have.
+            expected.push(MESSAGE_ID_HEADER);
+            assert_eq!(sent.get_str(MESSAGE_ID_HEADER), Some("gone"));
+        }
+        expected.push(SOURCE_HEADER);
+        assert_eq!(names(&sent), expected, "{from}");
     }
-    headers.push("CC", HeaderValue::Array(vec!["elsewhere".into()]));
-    headers.push("traceparent", "00-1");
-    headers.push("x-tenant", "a");
-    headers.push("x-tenant", "b");
-    headers.push(":priority", HeaderValue::Uint8(3));
-    headers.push(":correlation_id", HeaderValue::Short("c".into()));
-    headers.push("n", HeaderValue::Int32(5));
-    let kept: Vec<_> = headers.iter().skip(14).map(|(n, v)| (n.to_owned(), v.clone())).collect();
-    let event = EventParts { headers, ..parts("e1", Format::Native, "{}") };
-    let sent = forward("amqp", event).await;
-    let mut expected = kept;
-    expected.push((SOURCE_HEADER.into(), "/lms".into()));
-    let found: Vec<_> = sent.headers.iter().map(|(n, v)| (n.to_owned(), v.clone())).collect();
-    assert_eq!(found, expected);
 }
 
 // What the four formats need so that a copy that comes back is known, by the Decoder's rules for
@@ -228,11 +239,10 @@ async fn G2_a_structured_event_comes_back_as_a_copy() {
         r#"{"specversion":"1.0","id":"e1","source":"/lms","type":"LessonPublished","data":1}"#;
     let mut headers = Headers::new();
     headers.push("content-type", "application/cloudevents+json");
-    let sent =
-        forward("amqp", EventParts { headers, ..parts("e1", Format::CloudeventsStructured, body) })
-            .await;
+    let event = EventParts { headers, ..parts("e1", Format::CloudeventsStructured, body) };
+    let sent = forward("amqp", by("http", event)).await;
     // All four are in the body; the format is told by `specversion` and by the content type.
-    assert_eq!(names(&sent.headers), ["content-type"]);
+    assert_eq!(names(&sent.headers), [":content_type"]);
     assert_eq!(sent.body, body.as_bytes());
     // A source that no header can hold is no obstacle: the body says it.
     let body = r#"{"specversion":"1.0","id":"e1","source":"/a\nb","type":"T"}"#;
@@ -246,31 +256,40 @@ async fn G2_a_binary_event_comes_back_as_a_copy() {
     for prefix in ["ce-", "cloudEvents:", "cloudEvents_"] {
         let mut headers = Headers::new();
         for (name, value) in
-            [("specversion", "1.0"), ("id", "e1"), ("source", "/lms"), ("type", "LessonPublished")]
+            [("specversion", "1.0"), ("id", "e 1"), ("source", "/lms"), ("type", "LessonPublished")]
         {
             headers.push(format!("{prefix}{name}"), value);
         }
         headers.push(format!("{prefix}time"), HeaderValue::Timestamp(1_700_000_000));
-        let event = || EventParts {
-            headers: headers.clone(),
-            ..parts("e1", Format::CloudeventsBinary, r#"{"type":"x","data":1}"#)
+        let event = || {
+            let body = r#"{"type":"x","data":1}"#;
+            let parts = parts("e 1", Format::CloudeventsBinary, body);
+            by("amqp", EventParts { headers: headers.clone(), ..parts })
         };
         // AMQP keeps the names: other consumers there know them by the CloudEvents AMQP binding.
         assert_eq!(forward("amqp", event()).await.headers, headers);
-        // NATS and HTTP know `ce-` only, and have no name with a colon.
+        // NATS and HTTP know `ce-` only, percent-encoded.
         for kind in ["nats", "http"] {
             let sent = forward(kind, event()).await.headers;
             assert_eq!(
-                names(&sent),
+                names(&sent)[..5],
                 ["ce-specversion", "ce-id", "ce-source", "ce-type", "ce-time"],
                 "{prefix} {kind}"
             );
-            assert_eq!(sent.get_str("ce-type"), Some("LessonPublished"));
-            if prefix != "ce-" {
-                assert_eq!(sent.get_str("ce-time"), Some("2023-11-14T22:13:20Z"));
-            }
+            assert_eq!(sent.get_str("ce-id"), Some("e%201"));
+            assert_eq!(sent.get_str("ce-time"), Some("2023-11-14T22:13:20Z"));
         }
     }
+    // The other way they get the names of the AMQP binding, and their text as it is.
+    let mut headers = Headers::new();
+    for (name, value) in [("id", "e%201"), ("specversion", "1.0"), ("source", "/l"), ("type", "T")]
+    {
+        headers.push(format!("ce-{name}"), value);
+    }
+    let event = EventParts { headers, ..parts("e 1", Format::CloudeventsBinary, "1") };
+    let sent = forward("amqp", by("nats", event)).await.headers;
+    assert_eq!(sent.get_str("cloudEvents:id"), Some("e 1"));
+    assert_eq!(sent.len(), 4);
 }
 
 #[tokio::test]
@@ -303,5 +322,207 @@ async fn G2_a_raw_event_comes_back_as_a_copy() {
         assert_eq!(names(&sent.headers), [SOURCE_HEADER, TYPE_HEADER]);
         assert_eq!(sent.headers.get_str(TYPE_HEADER), Some("edupulse.lessons.new"));
         assert_eq!((&*sent.id, &*sent.body), ("S:7", body.as_bytes()));
+    }
+}
+
+#[tokio::test]
+async fn a_header_of_ones_own_is_a_template() {
+    let sent = |kind: &'static str, name: &'static str, template: &'static str, event| async move {
+        let broker = Arc::new(Broker::default());
+        let publisher: Arc<dyn Publisher> = Arc::<Broker>::clone(&broker);
+        let options = ForwardOptions {
+            headers: vec![(name.into(), template.into())],
+            ..ForwardOptions::new(kind, "x")
+        };
+        let handler = ForwardHandler::new("mirror", publisher, options).unwrap();
+        let outcome = handler.handle(&stored(event)).await;
+        let sent = broker.taken.lock().unwrap().pop();
+        (outcome, sent.map(|sent| sent.headers))
+    };
+    let event = || {
+        let mut headers = Headers::new();
+        headers.push("x-title", "old");
+        let body = r#"{"type":"T","data":{"title":"100 % é\nb"}}"#;
+        EventParts { headers, ..parts("e1", Format::Native, body) }
+    };
+    for (kind, expected) in
+        [("nats", "a 100 %25 é%0Ab"), ("http", "a 100 %25 %C3%A9%0Ab"), ("amqp", "a 100 % é\nb")]
+    {
+        let (_, headers) = sent(kind, "X-Title", "a {/title}", event()).await;
+        let headers = headers.unwrap();
+        assert_eq!(headers.get_str("x-title"), Some(expected), "{kind}");
+        assert_eq!(names(&headers), [SOURCE_HEADER, "X-Title"], "the event's own gives way");
+    }
+    let (outcome, headers) = sent("nats", "a", "{subject}", event()).await;
+    assert!(matches!(outcome, Outcome::Reject { .. }) && headers.is_none(), "{outcome:?}");
+    for (kind, name) in [
+        ("nats", "a b"),
+        ("nats", "Nats-Rollup"),
+        ("nats", ""),
+        ("http", "webhook-id"),
+        ("http", "Authorization"),
+        ("http", "é"),
+        ("amqp", ":user_id"),
+        ("amqp", "CC"),
+        ("amqp", "Pulsebus-Source"),
+    ] {
+        let headers = vec![(name.into(), "v".into())];
+        let options = ForwardOptions { headers, ..ForwardOptions::new(kind, "x") };
+        assert!(options.validate().is_err(), "{kind} {name}");
+    }
+}
+
+/// Whatever comes in by one transport and goes out by another, in whichever format, is known as
+/// the same event where it comes back.
+mod loops {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::event::{Decoder, Message};
+
+    fn text() -> impl Strategy<Value = String> {
+        prop_oneof![
+            "[a-z/.]{1,8}",
+            "[a-z%\" 0-9é€\\\\]{1,8}",
+            Just("a%41b".to_owned()),
+            Just("\"q\"".to_owned()),
+        ]
+    }
+
+    fn json() -> impl Strategy<Value = String> {
+        prop_oneof![
+            Just("null".to_owned()),
+            Just(r#"{ "a" : [1.0, 1e400, "\ud83d\ude00"] }"#.to_owned()),
+            Just(r#"{"type":"Inner","data":1,"id":"inner","source":"/in"}"#.to_owned()),
+            Just(r#"{"specversion":"1.0"}"#.to_owned()),
+            Just(r#"{"id":{},"key":"k","type":5}"#.to_owned()),
+            text().prop_map(|text| serde_json::Value::from(text).to_string()),
+        ]
+    }
+
+    /// Messages as publishers send them.
+    fn message() -> impl Strategy<Value = (Message, Option<Format>)> {
+        let parts = (text(), text(), text(), json(), any::<[bool; 4]>());
+        (parts, 0..5, prop::sample::select(vec!["nats", "amqp", "http"])).prop_map(
+            |((id, source, kind, data, some), form, transport)| {
+                let quote = |text: &str| serde_json::Value::from(text).to_string();
+                let (i, s, k) = (quote(&id), quote(&source), quote(&kind));
+                let mut headers = Headers::new();
+                let mut pinned = None;
+                let body = match form {
+                    0 => format!(
+                        r#"{{"specversion":"1.0","id":{i},"source":{s},"type":{k},"ext":"e","data":{data}}}"#
+                    ),
+                    1 => {
+                        for (name, value) in
+                            [("specversion", "1.0"), ("id", &*id), ("source", &source), ("type", &kind)]
+                        {
+                            if transport == "amqp" {
+                                headers.push(format!("cloudEvents:{name}"), value);
+                            } else {
+                                headers.push(format!("ce-{name}"), &*binary::encode(value));
+                            }
+                        }
+                        data
+                    }
+                    2 => {
+                        let own = if some[0] { format!(r#","id":{i}"#) } else { String::new() };
+                        let from = if some[1] { format!(r#","source":{s}"#) } else { String::new() };
+                        format!(r#"{{"type":{k}{own}{from},"more":[1],"data":{data}}}"#)
+                    }
+                    3 => {
+                        // Raw by its source's word, whatever it looks like.
+                        pinned = Some(Format::Raw);
+                        data
+                    }
+                    _ => format!("[{data}]"),
+                };
+                let name = match transport {
+                    "nats" => "Nats-Msg-Id",
+                    "amqp" => ":message_id",
+                    _ => "webhook-id",
+                };
+                if some[2] {
+                    headers.push(name, format!("m-{}", id.trim()));
+                }
+                let origin = Origin {
+                    transport: transport.into(),
+                    subject: kind.into(),
+                    ..Origin::default()
+                };
+                (Message { body: body.into(), headers, origin }, pinned)
+            },
+        )
+    }
+
+    /// As the destination's consumer hands it over.
+    fn back(sent: Outbound, kind: &str) -> Message {
+        let mut headers = Headers::new();
+        for (name, value) in sent.headers.iter() {
+            if kind == "amqp" {
+                headers.push(name, value.clone());
+            } else {
+                let HeaderValue::Text(text) = value else { panic!("{name}: {value:?}") };
+                let name = if kind == "http" { name.to_ascii_lowercase() } else { name.into() };
+                headers.push(name, text.trim());
+            }
+        }
+        let (name, id) = match kind {
+            "nats" => ("Nats-Msg-Id", sent.id.trim()),
+            "amqp" => (":message_id", &*sent.id),
+            _ => ("webhook-id", "whatever the publisher makes of it"),
+        };
+        let plain = kind != "http" || carry::is_text(&sent.id, true);
+        headers.push(name, if plain && kind == "http" { &sent.id } else { id });
+        let origin =
+            Origin { transport: kind.into(), subject: "elsewhere".into(), ..Origin::default() };
+        Message { body: sent.body, headers, origin }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(3_000))]
+
+        #[test]
+        fn G2_a_forwarded_event_that_comes_back_is_a_copy(
+            (message, pinned) in message(),
+            hops in prop::collection::vec(
+                (
+                    prop::sample::select(vec!["nats", "amqp", "http"]),
+                    prop::sample::select(vec![
+                        ForwardFormat::Verbatim,
+                        ForwardFormat::Native,
+                        ForwardFormat::CloudeventsStructured,
+                        ForwardFormat::CloudeventsBinary,
+                    ]),
+                ),
+                1..4,
+            ),
+        ) {
+            let options = crate::event::DecoderOptions { format: pinned, ..Default::default() };
+            let Ok(first) = Decoder::new(options).decode(message) else {
+                // What is no event is not forwarded.
+                return Ok(());
+            };
+            let mut event = first.clone();
+            for (kind, format) in hops {
+                let publisher: Arc<dyn Publisher> = Arc::new(Broker::default());
+                let options = ForwardOptions { format, ..ForwardOptions::new(kind, "x") };
+                let handler = ForwardHandler::new("mirror", publisher, options).unwrap();
+                let stored = StoredEvent {
+                    position: Position(1),
+                    recorded_at: crate::event::now(),
+                    event,
+                };
+                let sent = handler.outbound(&stored).unwrap();
+                let returned = back(sent, kind);
+                event = Decoder::default().decode(returned.clone()).map_err(|error| {
+                    TestCaseError::fail(format!("{kind} {format:?} {returned:?}: {:?}", error.reason))
+                })?;
+                prop_assert_eq!(event.id(), first.id(), "{} {:?} {:?}", kind, format, &returned);
+                prop_assert_eq!(event.source(), first.source(), "{} {:?} {:?}", kind, format, &returned);
+                prop_assert_eq!(event.kind(), first.kind(), "{} {:?} {:?}", kind, format, &returned);
+                prop_assert_eq!(event.data().trim(), first.data().trim(), "{} {:?} {:?}", kind, format, &returned);
+            }
+        }
     }
 }

@@ -107,13 +107,7 @@ fn value_in(value: &AMQPValue) -> HeaderValue {
 /// # Errors
 /// What does not fit AMQP, in words for a person.
 pub(super) fn properties_out(message: &Outbound) -> Result<BasicProperties, String> {
-    let mut properties = properties_of(&message.headers)?;
-    // AMQP calls for a content type in its own place; other transports have it among the headers.
-    if properties.content_type().is_none()
-        && let Some(content_type) = message.headers.get_str("content-type")
-    {
-        properties = properties.with_content_type(short("content type", content_type)?);
-    }
+    let properties = properties_of(&message.headers)?;
     Ok(properties.with_message_id(short("event id", &message.id)?).with_delivery_mode(2))
 }
 
@@ -122,7 +116,6 @@ fn properties_of(headers: &Headers) -> Result<BasicProperties, String> {
     let mut table = FieldTable::default();
     // A table has each name once: a repeated header (NATS, HTTP) becomes an array of its values.
     let mut repeated: BTreeMap<&str, Vec<AMQPValue>> = BTreeMap::new();
-    let has_content_type = headers.get(":content_type").is_some();
     for (name, value) in headers.iter() {
         let text = || {
             let text = value
@@ -158,8 +151,7 @@ fn properties_of(headers: &Headers) -> Result<BasicProperties, String> {
                     Some(own) if own.starts_with(MARK) => own,
                     _ => name,
                 };
-                let lifted = !has_content_type && own.eq_ignore_ascii_case("content-type");
-                if !lifted && !broker_owned(own) {
+                if !broker_owned(own) {
                     let value = value_out(value)?;
                     match table.inner().get(own) {
                         None => {
@@ -320,9 +312,7 @@ mod tests {
             Just(ShortString::from("::type")),
             "\\PC{0,40}".prop_map(|s| ShortString::try_new(s).unwrap()),
         ]
-        .prop_filter("left behind on purpose", |name| {
-            !broker_owned(name.as_str()) && !name.as_str().eq_ignore_ascii_case("content-type")
-        })
+        .prop_filter("left behind on purpose", |name| !broker_owned(name.as_str()))
     }
 
     fn value() -> impl Strategy<Value = AMQPValue> {
@@ -447,15 +437,6 @@ mod tests {
             properties.headers().as_ref().unwrap().inner().keys().cloned().collect();
         assert_eq!(names, ["x-mine".into()]);
         assert!(properties.user_id().is_none() && properties.expiration().is_none());
-    }
-
-    #[test]
-    fn a_content_type_header_becomes_the_property() {
-        let mut headers = Headers::new();
-        headers.push("Content-Type", "application/json");
-        let properties = properties_out(&outbound(headers)).unwrap();
-        assert_eq!(properties.content_type().as_ref().unwrap().as_str(), "application/json");
-        assert!(properties.headers().is_none());
     }
 
     #[test]
