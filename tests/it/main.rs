@@ -27,6 +27,7 @@ mod e2e;
 mod failing;
 mod failing_daemon;
 mod failing_search;
+mod fidelity;
 mod http;
 mod ingress;
 mod memory;
