@@ -30,6 +30,7 @@ mod failing_search;
 mod fidelity;
 mod http;
 mod ingress;
+mod interop;
 mod memory;
 mod model;
 mod nats;

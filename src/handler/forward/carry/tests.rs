@@ -257,3 +257,49 @@ fn what_is_told_of_a_broker_does_not_command_the_next_one() {
     headers.push(TYPED_HEADER, "{");
     assert_eq!(carry(&headers, "nats", Place::Amqp), headers);
 }
+
+#[test]
+fn the_table_in_the_documentation_is_what_happens() {
+    let page = include_str!("../../../../docs/bridging.md");
+    let mut rows = 0;
+    for line in page.lines().filter(|line| line.starts_with("| `{")) {
+        let cells: Vec<&str> = line.split('`').collect();
+        let [_, amqp, _, text, _] = cells.as_slice() else { panic!("{line}") };
+        let read = |json: &str| Headers::from_json(json).unwrap();
+        let (amqp, text) = (read(amqp), read(text));
+        for (place, from) in [(Place::NatsSubject, "nats"), (Place::UrlPath, "http")] {
+            let there = carry(&amqp, "amqp", place);
+            assert_eq!(sorted(&there), sorted(&text), "{line}");
+            let arrived = if from == "http" { as_http(&there) } else { there };
+            let back = as_table(&carry(&arrived, from, Place::Amqp));
+            assert_eq!(sorted(&back), sorted(&amqp), "{line}");
+        }
+        rows += 1;
+    }
+    assert!(rows > 20, "{rows}");
+    for property in &PROPERTIES {
+        let named = format!("`{{\"{}\":", property.name);
+        assert!(page.contains(&named), "{} is not in the table", property.name);
+    }
+    // What stays behind, by the other table.
+    let row = |from: &str| {
+        let start = format!("| {from} | ");
+        page.lines().find(|line| line.starts_with(&start)).unwrap()
+    };
+    for (from, kind) in [("AMQP", "amqp"), ("HTTP", "http"), ("NATS", "nats"), ("any", "amqp")] {
+        for name in row(from).split('`').skip(1).step_by(2) {
+            let name = match name.strip_suffix('…') {
+                Some(prefix) => format!("{prefix}x"),
+                None => name.to_owned(),
+            };
+            let property = format!(":{name}");
+            let one: Headers = [&name, &property]
+                .into_iter()
+                .map(|name| (name.as_str().into(), HeaderValue::from("v")))
+                .collect();
+            let left = carry(&one, kind, Place::Amqp);
+            let gone = [&name, &property].iter().any(|name| left.get(name).is_none());
+            assert!(gone, "{from}: {name} is forwarded");
+        }
+    }
+}
