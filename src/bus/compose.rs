@@ -34,7 +34,7 @@ use crate::{
     transport::{
         Publisher, Transport, TransportError,
         amqp::AmqpTransport,
-        http::{HttpIngress, HttpTransport},
+        http::{HttpIngress, HttpTransport, WebhookTransport},
         memory::{MemoryOptions, MemoryTransport},
         nats::NatsTransport,
     },
@@ -217,9 +217,7 @@ async fn compose_bus(settings: &Settings, starting: &Starting) -> Result<Compose
     let mut transports: BTreeMap<Arc<str>, Arc<dyn Transport>> = BTreeMap::new();
     transports.insert(INGEST.into(), Arc::new(http));
     for (name, transport) in &settings.transports {
-        if let Some(transport) = open_transport(name, transport)? {
-            transports.insert(Arc::clone(name), transport);
-        }
+        transports.insert(Arc::clone(name), open_transport(name, transport)?);
     }
 
     // Handlers before sources: what comes in finds them running.
@@ -234,7 +232,9 @@ async fn compose_bus(settings: &Settings, starting: &Starting) -> Result<Compose
                 searches.insert(Arc::clone(name), Arc::clone(&search));
                 search
             }
-            HandlerKind::Forward(forward) => open_forward(name, forward, &transports).await?,
+            HandlerKind::Forward(forward) => {
+                open_forward(name, forward, settings, &transports).await?
+            }
             HandlerKind::Log { level } => Arc::new(LogHandler::new(&**name, level_of(*level))),
         };
         let mut options = handler_options(name, handler)?;
@@ -342,36 +342,41 @@ fn is_machine_fault(error: &SearchError) -> bool {
     }
 }
 
-/// Opens a transport of the configuration; `None` for one that cannot be used by itself.
+/// Opens a transport of the configuration.
 ///
 /// # Errors
 /// Where it cannot be used as configured. Nothing is connected yet.
 pub fn open_transport(
     name: &Arc<str>,
     transport: &TransportSettings,
-) -> Result<Option<Arc<dyn Transport>>, ComposeError> {
+) -> Result<Arc<dyn Transport>, ComposeError> {
     let refuse = |source| ComposeError::Transport { name: Arc::clone(name), source };
     Ok(match transport {
-        TransportSettings::Nats(options) => Some(Arc::new(NatsTransport::new(options.clone()))),
+        TransportSettings::Nats(options) => Arc::new(NatsTransport::new(options.clone())),
         TransportSettings::Amqp(options) => {
-            Some(Arc::new(AmqpTransport::new(options.clone()).map_err(refuse)?))
+            Arc::new(AmqpTransport::new(options.clone()).map_err(refuse)?)
         }
-        TransportSettings::Memory => Some(Arc::new(MemoryTransport::new(MemoryOptions::default()))),
-        // `check` refuses whatever would publish to one in this version.
-        TransportSettings::Http(_) => None,
+        TransportSettings::Memory => Arc::new(MemoryTransport::new(MemoryOptions::default())),
+        TransportSettings::Http(options) => {
+            Arc::new(WebhookTransport::new(options.clone()).map_err(refuse)?)
+        }
     })
 }
 
 async fn open_forward(
     name: &Arc<str>,
     forward: &ForwardSettings,
+    settings: &Settings,
     transports: &BTreeMap<Arc<str>, Arc<dyn Transport>>,
 ) -> Result<Arc<dyn EventHandler>, ComposeError> {
     let (transport, address) = (&forward.transport, &forward.address);
-    let (publisher, options) =
+    let (publisher, mut options) =
         open_destination(name, transport, address, forward.exchange.clone(), transports).await?;
     let headers = forward.headers.iter().map(|(name, value)| (name.clone(), value.clone()));
-    let options = ForwardOptions { headers: headers.collect(), format: forward.format, ..options };
+    options = ForwardOptions { headers: headers.collect(), format: forward.format, ..options };
+    if let Some(TransportSettings::Http(webhook)) = settings.transports.get(transport) {
+        options.batch = webhook.batch;
+    }
     let handler = ForwardHandler::new(&**name, publisher, options)
         .map_err(|error| handler_error(name, &error))?;
     Ok(Arc::new(handler))

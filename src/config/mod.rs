@@ -39,5 +39,5 @@ pub use schema::schema;
 pub use settings::{
     CheckpointSettings, DEFAULT_LISTEN, DeadLetterSettings, ForwardSettings, HandlerKind,
     HandlerSettings, HttpSettings, INGEST, Limits, LogLevel, ParkedSettings, RetrySettings,
-    Settings, SourceSettings, StoreSettings, TransportSettings, WebhookOptions, WindowSettings,
+    Settings, SourceSettings, StoreSettings, TransportSettings, WindowSettings,
 };

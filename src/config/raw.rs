@@ -144,7 +144,7 @@ pub(super) struct RawTransport {
     pub(super) password: Option<SecretText>,
     /// A file that holds the password. Credential: `transports.NAME.password`.
     pub(super) password_file: Option<PathBuf>,
-    /// nats: token.
+    /// nats: token; http: what is presented as `Authorization: Bearer`.
     pub(super) token: Option<SecretText>,
     /// A file that holds the token. Credential: `transports.NAME.token`.
     pub(super) token_file: Option<PathBuf>,
@@ -156,7 +156,7 @@ pub(super) struct RawTransport {
     pub(super) credentials_file: Option<PathBuf>,
     /// nats: JetStream domain.
     pub(super) domain: Option<String>,
-    /// nats, amqp: TLS; the URL's scheme switches it on.
+    /// TLS; the URL's scheme switches it on.
     pub(super) tls: Option<RawTls>,
     /// How long connecting, a request or an answer may take. Default: nats `5s`, amqp `10s`,
     /// http `10s`.
@@ -165,10 +165,20 @@ pub(super) struct RawTransport {
     /// amqp: heartbeat interval.
     #[schemars(extend("default" = "10s"))]
     pub(super) heartbeat: Option<Span>,
-    /// http: signs the requests (Standard Webhooks), `whsec_…`.
+    /// http: signs the requests (Standard Webhooks): `whsec_` and the base64 of 24 to 64 random
+    /// bytes. While it is being changed, several with blanks or line breaks between them: each
+    /// signs.
     pub(super) secret: Option<SecretText>,
     /// A file that holds the signing secret. Credential: `transports.NAME.secret`.
     pub(super) secret_file: Option<PathBuf>,
+    /// http: how many events a request holds at most, up to 1,000. With 1 each is a request of
+    /// its own; with more, a request is a JSON array of them, also where it holds only one.
+    #[schemars(extend("default" = 1))]
+    pub(super) batch: Option<usize>,
+    /// http: nothing but public addresses is connected to: no loopback, private or link-local
+    /// ones, whatever the host's name is resolved to. Proxies of the environment are not used.
+    #[schemars(extend("default" = false))]
+    pub(super) refuse_private: Option<bool>,
 }
 
 /// The kinds of transport.
@@ -182,7 +192,7 @@ pub(super) enum RawTransportKind {
     Memory,
 }
 
-/// TLS towards a broker.
+/// TLS towards a broker or webhook.
 #[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 #[schemars(rename = "Tls")]
@@ -377,7 +387,8 @@ pub(super) struct RawHandler {
 
     /// search: what a document of each event type is made of. Required.
     pub(super) documents: Option<BTreeMap<String, RawDocument>>,
-    /// search: the index's folder. Default: `search/NAME` in `data_dir`.
+    /// search: the index's folder. Default: `search/NAME` in `data_dir`. forward to http: the path
+    /// behind the webhook's URL, a template. Default: the URL as it is.
     #[schemars(extend("default" = "search/NAME"))]
     pub(super) path: Option<PathBuf>,
     /// search: new documents can be found this soon.
@@ -487,6 +498,8 @@ pub(super) struct RawDeadLetter {
     pub(super) exchange: Option<String>,
     /// amqp: the routing key, a template.
     pub(super) routing_key: Option<String>,
+    /// http: the path behind the webhook's URL, a template.
+    pub(super) path: Option<String>,
 }
 
 /// How far a handler reads ahead.

@@ -15,7 +15,7 @@ use crate::{
     handler::{forward::ForwardFormat, search::SearchOptions},
     secret::Secret,
     telemetry::LogSettings,
-    transport::{amqp::AmqpOptions, nats::NatsOptions},
+    transport::{amqp::AmqpOptions, http::WebhookOptions, nats::NatsOptions},
 };
 
 /// The name of the built-in transport that takes events over HTTP. It is always there, needs no
@@ -121,17 +121,6 @@ impl TransportSettings {
     }
 }
 
-/// Where a webhook goes.
-#[derive(Debug, Clone)]
-pub struct WebhookOptions {
-    /// `https://host/path`; often a secret in itself.
-    pub url: Secret,
-    /// The signing secret, `whsec_…` (Standard Webhooks); `None`: not signed.
-    pub secret: Option<Secret>,
-    /// How long a request may take. Default 10 s.
-    pub timeout: Duration,
-}
-
 /// One `[sources.NAME]`.
 #[derive(Debug, Clone)]
 pub struct SourceSettings {
@@ -206,7 +195,7 @@ impl HandlerKind {
 pub struct DeadLetterSettings {
     /// A name among [`Settings::transports`].
     pub transport: Arc<str>,
-    /// A template: the NATS subject, or the AMQP routing key.
+    /// A template: the NATS subject, the AMQP routing key, the path behind a webhook's URL.
     pub address: String,
     /// AMQP: a template for the exchange; empty names the default exchange. `None` otherwise.
     pub exchange: Option<String>,

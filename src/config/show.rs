@@ -26,7 +26,7 @@ use crate::{
 const REDACTED: &str = "…";
 
 pub(super) fn show(settings: &Settings, tree: &Tree) -> String {
-    let mut page = Page { tree, data_dir: &settings.data_dir, text: String::new() };
+    let mut page = Page { tree, settings, data_dir: &settings.data_dir, text: String::new() };
     page.line(&[], "data_dir", path(&settings.data_dir));
     page.line(&[], "shutdown_timeout", span(settings.shutdown_timeout));
 
@@ -83,6 +83,7 @@ pub(super) fn show(settings: &Settings, tree: &Tree) -> String {
 
 struct Page<'a> {
     tree: &'a Tree,
+    settings: &'a Settings,
     data_dir: &'a Path,
     text: String,
 }
@@ -184,7 +185,11 @@ impl Page<'_> {
             TransportSettings::Http(webhook) => {
                 self.url(&table, &webhook.url);
                 self.secret(&table, "secret", webhook.secret.as_ref());
+                self.secret(&table, "token", webhook.token.as_ref());
                 self.line(&table, "timeout", span(webhook.timeout));
+                self.line(&table, "batch", count(webhook.batch));
+                self.line(&table, "refuse_private", webhook.refuse_private);
+                self.tls(name, webhook.tls.as_ref(), false);
             }
             TransportSettings::Memory => {}
         }
@@ -248,6 +253,22 @@ impl Page<'_> {
         }
     }
 
+    /// Where something is published: transport, address, exchange.
+    fn destination(&mut self, table: &[&str], to: (&str, &str, Option<&str>)) {
+        let (transport, address, exchange) = to;
+        match (exchange, self.settings.transports.get(transport)) {
+            (Some(exchange), _) => {
+                self.line(table, "exchange", exchange);
+                self.line(table, "routing_key", address);
+            }
+            (None, Some(TransportSettings::Http(_))) => {
+                let path = Some(address).filter(|path| !path.is_empty());
+                self.some(table, "path", path);
+            }
+            (None, _) => self.line(table, "subject", address),
+        }
+    }
+
     fn handler(&mut self, name: &str, handler: &HandlerSettings) {
         let table = ["handlers", name];
         self.table(&table);
@@ -281,13 +302,8 @@ impl Page<'_> {
             }
             HandlerKind::Forward(forward) => {
                 self.line(&table, "transport", &*forward.transport);
-                match &forward.exchange {
-                    Some(exchange) => {
-                        self.line(&table, "exchange", exchange.as_str());
-                        self.line(&table, "routing_key", forward.address.as_str());
-                    }
-                    None => self.line(&table, "subject", forward.address.as_str()),
-                }
+                let to = (&*forward.transport, &*forward.address, forward.exchange.as_deref());
+                self.destination(&table, to);
                 if !forward.headers.is_empty() {
                     let headers = forward.headers.iter();
                     let headers: toml::Table = headers
@@ -303,13 +319,7 @@ impl Page<'_> {
             let table = ["handlers", name, "dead_letter"];
             self.table(&table);
             self.line(&table, "transport", &*to.transport);
-            match &to.exchange {
-                Some(exchange) => {
-                    self.line(&table, "exchange", exchange.as_str());
-                    self.line(&table, "routing_key", to.address.as_str());
-                }
-                None => self.line(&table, "subject", to.address.as_str()),
-            }
+            self.destination(&table, (&*to.transport, &*to.address, to.exchange.as_deref()));
         }
         let retry = ["handlers", name, "retry"];
         self.table(&retry);

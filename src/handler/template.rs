@@ -404,7 +404,12 @@ fn path_problem(path: &str) -> Option<&'static str> {
         return Some("has blanks or control characters, which no URL has");
     }
     if path.contains(['?', '#', '\\']) {
-        return Some("is no path: it has a ?, # or \\");
+        return Some("is no path: it has a ?, # or \\; a query stands in the transport's url");
+    }
+    let step =
+        |segment: &str| matches!(&*segment.to_ascii_lowercase().replace("%2e", "."), "." | "..");
+    if path.split('/').any(step) {
+        return Some("has a step to another folder; it only adds to the transport's url");
     }
     (path.len() > MAX_PATH_BYTES).then_some("is longer than 2,048 bytes")
 }

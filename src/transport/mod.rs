@@ -39,9 +39,13 @@
 //! * **P1** `Ok` means the broker has confirmed that it took the message and routed it.
 //! * **P2** The messages of one call, and of calls one after the other, are published in order.
 //! * **P3** One bad message fails alone, with a [`PublishError`] that says what to do.
-//! * **P4** A call is pipelined: it costs a round trip, not one for each message.
+//! * **P4** A call is pipelined: it costs a round trip, not one for each message. (Webhooks
+//!   cannot: HTTP/1.1 answers one request before it takes the next. [`http`] sends one after
+//!   the other.)
 //! * **P5** When the outcome is unknown (connection lost in between) it is
-//!   [`PublishError::Unavailable`]; the message may have arrived, and its id tells.
+//!   [`PublishError::Unavailable`]; the message may have arrived, and its id tells. (Of a webhook
+//!   it is [`PublishError::Failed`], once the receiver has answered others since this message
+//!   got no answer: then it is not the receiver that is down.)
 //! * **P6** While the broker is away or blocks publishers, publishing fails with
 //!   [`PublishError::Unavailable`] within a bounded time and works again by itself later.
 

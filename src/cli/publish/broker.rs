@@ -1,4 +1,4 @@
-//! Straight to a broker, through a configured transport.
+//! Straight to a broker or webhook, through a configured transport.
 
 use std::{process::ExitCode, sync::Arc};
 
@@ -25,6 +25,7 @@ pub(super) struct Destination<'a> {
     pub(super) subject: Option<&'a str>,
     pub(super) exchange: Option<&'a str>,
     pub(super) routing_key: Option<&'a str>,
+    pub(super) path: Option<&'a str>,
 }
 
 pub(super) async fn publish(
@@ -73,17 +74,16 @@ fn open(name: &str, transport: &TransportSettings) -> Result<Arc<dyn Transport>,
             "a memory transport lives within the daemon; publish over HTTP".to_owned(),
         ));
     }
-    open_transport(&name.into(), transport).map_err(anyhow::Error::new)?.ok_or_else(|| {
-        Failure::Usage(
-            "a webhook takes forwarded events only; publish to a nats or amqp transport".to_owned(),
-        )
-    })
+    Ok(open_transport(&name.into(), transport).map_err(anyhow::Error::new)?)
 }
 
 /// A message to this place, without its content.
 fn template(kind: &str, destination: Destination<'_>) -> Result<Outbound, Failure> {
-    let Destination { subject, exchange, routing_key } = destination;
+    let Destination { subject, exchange, routing_key, path } = destination;
     let usage = |text: &str| Err(Failure::Usage(text.to_owned()));
+    if path.is_some() && kind != "http" {
+        return usage("--path is for a webhook; NATS has --subject, RabbitMQ --routing-key");
+    }
     let (address, exchange, content_type) = match kind {
         "amqp" => {
             if subject.is_some() {
@@ -97,6 +97,13 @@ fn template(kind: &str, destination: Destination<'_>) -> Result<Outbound, Failur
             }
             let content_type = (":content_type", HeaderValue::Short("application/json".to_owned()));
             (routing_key.unwrap_or_default(), Some(exchange.unwrap_or_default()), content_type)
+        }
+        "http" => {
+            if subject.is_some() || exchange.is_some() || routing_key.is_some() {
+                return usage("a webhook has --path, or nothing for the URL as it is");
+            }
+            let content_type = ("Content-Type", HeaderValue::from("application/json"));
+            (path.unwrap_or_default(), None, content_type)
         }
         _ => {
             if exchange.is_some() || routing_key.is_some() {
@@ -149,7 +156,7 @@ async fn send(
 fn explain(error: PublishError, number: u64) -> anyhow::Error {
     let what_now = match &error {
         PublishError::Refused(_) => "it can never be published as it is",
-        PublishError::Failed(_) => "check that a stream or queue takes what is sent there",
+        PublishError::Failed(_) => "check that something takes what is sent there",
         PublishError::Unavailable(_) | PublishError::Later { .. } => {
             "it may have arrived; publishing it again with the same id is safe"
         }
@@ -219,7 +226,7 @@ mod tests {
     }
 
     const NATS: Destination<'_> =
-        Destination { subject: Some("a.b"), exchange: None, routing_key: None };
+        Destination { subject: Some("a.b"), exchange: None, routing_key: None, path: None };
 
     async fn published(text: &str, room: usize) -> (u64, Option<String>, Vec<Outbound>) {
         let broker = Broker { room, taken: Mutex::default() };
@@ -255,7 +262,7 @@ mod tests {
 
     #[test]
     fn a_destination_fits_its_broker() {
-        let none = Destination { subject: None, exchange: None, routing_key: None };
+        let none = Destination { subject: None, exchange: None, routing_key: None, path: None };
         assert!(template("nats", none).is_err());
         assert!(template("amqp", none).is_err());
         assert!(template("amqp", NATS).is_err());
@@ -264,5 +271,9 @@ mod tests {
         let queue = template("amqp", queue).unwrap();
         assert_eq!((&*queue.address, queue.exchange.as_deref()), ("q", Some("")));
         assert_eq!(queue.headers.content_type(), Some("application/json"));
+        assert_eq!(&*template("http", none).unwrap().address, "");
+        let path = Destination { path: Some("/x"), ..none };
+        assert_eq!(&*template("http", path).unwrap().address, "/x");
+        assert!(template("http", NATS).is_err() && template("nats", path).is_err());
     }
 }

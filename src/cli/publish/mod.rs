@@ -55,6 +55,9 @@ pub(super) struct Args {
     /// RabbitMQ: the routing key
     #[arg(long, requires = "transport")]
     routing_key: Option<String>,
+    /// Webhook: a path behind its URL [default: the URL as it is]
+    #[arg(long, requires = "transport")]
+    path: Option<String>,
 }
 
 /// What became of everything that was published.
@@ -92,6 +95,7 @@ pub(super) async fn run(settings: &SettingsArgs, args: Args) -> Result<ExitCode,
             subject: args.subject.as_deref(),
             exchange: args.exchange.as_deref(),
             routing_key: args.routing_key.as_deref(),
+            path: args.path.as_deref(),
         };
         return broker::publish(settings, name, destination, input, args.client.json).await;
     }

@@ -203,13 +203,29 @@ fn what_is_shown_can_be_read_again_and_means_the_same() {
         transport = "rabbit"
         exchange = "e"
         retry = { attempts = 3, jitter = 0.25 }
+        [transports.crm]
+        kind = "http"
+        url_file = "URL"
+        timeout = "7s"
+        refuse_private = true
+        [handlers.to-crm]
+        kind = "forward"
+        transport = "crm"
+        path = "/hooks/{type}"
+        dead_letter = { transport = "crm", path = "/dead/{handler}" }
+        [handlers.to-root]
+        kind = "forward"
+        transport = "crm"
         [handlers.s]
         kind = "search"
         [handlers.s.documents."Lesson.Published"]
         id = "/id"
         text = { title = "/title" }
     "##;
-    let given = Given::file(text);
+    let folder = tempfile::tempdir().unwrap();
+    let url = folder.path().join("url");
+    std::fs::write(&url, "https://crm.example/hooks\n").unwrap();
+    let given = Given::file(&text.replace("URL", &url.display().to_string()));
     let first = given.loaded();
     let again = Given::file(&first.show()).loaded();
     assert_eq!(format!("{:#?}", first.settings), format!("{:#?}", again.settings));

@@ -31,7 +31,11 @@ password = "SECRET"
 [transports.e]
 kind = "http"
 url = "https://hooks.example/services/SECRET?k=SECRET"
-secret = "SECRET"
+secret = "whsec_TUZLUTlyOEdLWXFyVHdqVVBEOElMUFpJbzJMYUxhU3c="
+token = "SECRET"
+[transports.f]
+kind = "http"
+url = "https://bus:SECRET@hooks.example/"
 "#;
 
 /// Nine letters, digits and what is common in passwords and means nothing to a URL.
@@ -48,6 +52,7 @@ proptest! {
         let shown = loaded.show();
         prop_assert!(!shown.contains(&secret), "{shown}");
         prop_assert!(shown.contains("bus:…@db"), "{shown}");
+        prop_assert!(!debug.contains("TUZLUTly") && !shown.contains("TUZLUTly"), "{shown}");
     }
 
     /// Wherever a secret is misplaced, and whatever else is wrong there.
@@ -73,6 +78,8 @@ proptest! {
             "transports.a = { kind = \"nats\", url = \"SECRET://h\" }",
             "transports.a = { kind = \"nats\", url = \"nats://u:SECRET@h\", token = \"SECRET\", nkey = \"SECRET\" }",
             "transports.a = { kind = \"amqp\", url = \"http://u:SECRET@h\" }",
+            "transports.a = { kind = \"http\", url = \"SECRET\", secret = \"SECRET\" }",
+            "transports.a = { kind = \"http\", url = \"http://u:SECRET@h/SECRET\", secret = \"whsec_SECRET\", token = \"SECRET\\nx\" }",
             "transports.a = { kind = \"memory\", password = \"SECRET\" }",
             "transports.a = { kind = \"amqp\", url = \"amqp://h\", password = { x = \"SECRET\" } }",
         ]),

@@ -290,6 +290,96 @@ fn each_rule_names_the_key_and_what_to_do() {
             "RabbitMQ",
         ),
         ("transports.t = { kind = \"http\", url = \"ftp://h\" }", "transports.t.url", "https://"),
+        (
+            "transports.t = { kind = \"http\", url = \"https://h\", secret = \"hunter2\" }",
+            "transports.t.secret",
+            "begin with whsec_",
+        ),
+        (
+            "transports.t = { kind = \"http\", url = \"https://h\", secret = \"whsec_AAAA\" }",
+            "transports.t.secret",
+            "3 bytes long",
+        ),
+        (
+            "transports.t = { kind = \"http\", url = \"https://h\", secret = \"whsec_*\" }",
+            "transports.t.secret",
+            "not base64",
+        ),
+        (
+            "transports.t = { kind = \"http\", url = \"https://h\", secret = \"whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw whsec_AAAA\" }",
+            "transports.t.secret",
+            "secret 2",
+        ),
+        (
+            "transports.t = { kind = \"http\", url = \"https://u:p@h\", token = \"x\" }",
+            "transports.t.token",
+            "login in the URL",
+        ),
+        (
+            "transports.t = { kind = \"http\", url = \"https://h\", token = \"a\\nb\" }",
+            "transports.t.token",
+            "line break",
+        ),
+        (
+            "transports.t = { kind = \"http\", url = \"http://h\", tls = {} }",
+            "transports.t.tls",
+            "https://",
+        ),
+        (
+            "transports.t = { kind = \"http\", url = \"https://h\", tls.first = true }",
+            "transports.t.tls.first",
+            "webhook",
+        ),
+        (
+            "transports.t = { kind = \"http\", url = \"https://h\", batch = 0 }",
+            "transports.t.batch",
+            "from 1 to 1000",
+        ),
+        (
+            "transports.t = { kind = \"nats\", url = \"h\", refuse_private = true }",
+            "transports.t.refuse_private",
+            "for NATS",
+        ),
+        (
+            "transports.t = { kind = \"http\", url = \"https://h\" }\nhandlers.h = { kind = \"forward\", transport = \"t\", path = \"/a?b\" }",
+            "handlers.h.path",
+            "query stands in the url",
+        ),
+        (
+            "transports.t = { kind = \"http\", url = \"https://h\" }\nhandlers.h = { kind = \"forward\", transport = \"t\", path = \"/../a\" }",
+            "handlers.h.path",
+            "another folder",
+        ),
+        (
+            "transports.t = { kind = \"http\", url = \"https://h\" }\nhandlers.h = { kind = \"forward\", transport = \"t\", path = \"/{kind}\" }",
+            "handlers.h.path",
+            "{type}",
+        ),
+        (
+            "transports.t = { kind = \"http\", url = \"https://h\" }\nhandlers.h = { kind = \"forward\", transport = \"t\", subject = \"x\" }",
+            "handlers.h.subject",
+            "webhook",
+        ),
+        (
+            "transports.t = { kind = \"http\", url = \"https://h\" }\nhandlers.h = { kind = \"forward\", transport = \"t\", timeout = \"10s\" }",
+            "handlers.h.timeout",
+            "not longer than the 10s",
+        ),
+        (
+            "transports.t = { kind = \"http\", url = \"https://h\", batch = 2 }\nhandlers.h = { kind = \"forward\", transport = \"t\" }",
+            "handlers.h.format",
+            "ids and types",
+        ),
+        (
+            "transports.t = { kind = \"http\", url = \"https://h\", batch = 2 }\nhandlers.h = { kind = \"log\", dead_letter = { transport = \"t\" } }",
+            "handlers.h.dead_letter.transport",
+            "batch is 1",
+        ),
+        (
+            "transports.n = { kind = \"nats\", url = \"h\" }\nhandlers.h = { kind = \"forward\", transport = \"n\", subject = \"s\", path = \"/x\" }",
+            "handlers.h.path",
+            "NATS",
+        ),
         ("transports.t = { kind = \"memory\", url = \"x\" }", "transports.t.url", "take it out"),
         ("sources.s.stream = \"S\"", "sources.s.transport", "`http`"),
         ("sources.s.transport = \"http\"", "sources.s.transport", "[sources.http]"),
@@ -502,11 +592,6 @@ fn each_rule_names_the_key_and_what_to_do() {
             "handlers.h = { kind = \"forward\", transport = \"rabbit\", exchange = \"\", headers = { x = \"{tipe}\" } }",
             "handlers.h.headers.x",
             "there is {type}",
-        ),
-        (
-            "transports.t = { kind = \"http\", url = \"https://h\" }\nhandlers.h = { kind = \"forward\", transport = \"t\" }",
-            "handlers.h.transport",
-            "not in this version yet",
         ),
         (
             "transports.t = { kind = \"http\", url = \"https://h\" }\nsources.s = { transport = \"t\" }",

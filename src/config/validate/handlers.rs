@@ -26,6 +26,7 @@ use crate::{
         search::{DocumentMapping, SearchOptions},
         template::{Place, Template},
     },
+    transport::http::WebhookOptions,
 };
 
 const ANY: &[&str] = &[
@@ -44,7 +45,8 @@ const ANY: &[&str] = &[
     "checkpoint",
 ];
 const SEARCH: &[&str] = &["documents", "path", "commit_interval", "writer_memory", "language"];
-const FORWARD: &[&str] = &["transport", "subject", "exchange", "routing_key", "headers", "format"];
+const FORWARD: &[&str] =
+    &["transport", "subject", "exchange", "routing_key", "path", "headers", "format"];
 const LOG: &[&str] = &["level"];
 
 impl Check<'_> {
@@ -132,7 +134,7 @@ impl Check<'_> {
             }
             RawHandlerKind::Forward => {
                 self.only(&table, &[ANY, FORWARD], "for a forward handler");
-                HandlerKind::Forward(self.forward(name, raw, transports)?)
+                HandlerKind::Forward(self.forward(name, raw, timeout, transports)?)
             }
             RawHandlerKind::Log => {
                 self.only(&table, &[ANY, LOG], "for a log handler");
@@ -343,6 +345,7 @@ impl Check<'_> {
         &mut self,
         name: &str,
         raw: &RawHandler,
+        timeout: Duration,
         transports: &BTreeMap<Arc<str>, TransportSettings>,
     ) -> Option<ForwardSettings> {
         let table = ["handlers", name];
@@ -355,6 +358,7 @@ impl Check<'_> {
             subject: raw.subject.as_deref(),
             exchange: raw.exchange.as_deref(),
             routing_key: raw.routing_key.as_deref(),
+            path: raw.path.as_deref().and_then(Path::to_str),
         };
         let beside = [ANY, &["transport", "headers", "format"]].concat();
         let (address, exchange) = self.destination(&table, transport, to, &beside, transports)?;
@@ -369,6 +373,9 @@ impl Check<'_> {
                     self.wrong(&["handlers", name, "headers", header], error.to_string());
                 }
             }
+        }
+        if let Some(TransportSettings::Http(webhook)) = transports.get(transport) {
+            self.webhook_fits(name, webhook, raw, timeout);
         }
         Some(ForwardSettings {
             transport: Arc::from(transport),
@@ -402,9 +409,21 @@ impl Check<'_> {
             subject: raw.subject.as_deref(),
             exchange: raw.exchange.as_deref(),
             routing_key: raw.routing_key.as_deref(),
+            path: raw.path.as_deref(),
         };
         let (address, exchange) =
             self.destination(&table, transport, to, &["transport"], transports)?;
+        if let Some(TransportSettings::Http(webhook)) = transports.get(transport)
+            && webhook.batch > 1
+        {
+            self.wrong(
+                &["handlers", name, "dead_letter", "transport"],
+                format!(
+                    "`{transport}` puts several events into one request, where the headers that \
+                     say why they are dead have no place; name a transport whose batch is 1"
+                ),
+            );
+        }
         Some(DeadLetterSettings { transport: Arc::from(transport), address, exchange })
     }
 
@@ -447,14 +466,10 @@ impl Check<'_> {
                 Some((routing_key, Some(exchange)))
             }
             Some(TransportSettings::Http(_)) => {
-                self.wrong(
-                    &key("transport"),
-                    format!(
-                        "`{transport}` is a webhook, and forwarding to webhooks is not in this \
-                         version yet; forward to nats or amqp"
-                    ),
-                );
-                None
+                self.only(table, &[beside, &["path"]], "when forwarding to a webhook");
+                let path = to.path.unwrap_or_default().to_owned();
+                self.template(&key("path"), &path, Place::UrlPath);
+                Some((path, None))
             }
             None if transport == INGEST => {
                 self.wrong(
@@ -483,6 +498,46 @@ impl Check<'_> {
         }
     }
 
+    /// What has to fit between a forward handler and its webhook.
+    fn webhook_fits(
+        &mut self,
+        name: &str,
+        webhook: &WebhookOptions,
+        raw: &RawHandler,
+        timeout: Duration,
+    ) {
+        if timeout <= webhook.timeout {
+            self.wrong(
+                &["handlers", name, "timeout"],
+                format!(
+                    "not longer than the {} a request to its transport may take, so a receiver \
+                     that hangs would cost its events their attempts; make it longer, or the \
+                     transport's `timeout` shorter",
+                    crate::config::text::span(webhook.timeout)
+                ),
+            );
+        }
+        let carries_itself = match raw.format.unwrap_or(RawForwardFormat::Verbatim) {
+            RawForwardFormat::CloudeventsStructured | RawForwardFormat::Native => true,
+            RawForwardFormat::Verbatim | RawForwardFormat::CloudeventsBinary => false,
+        };
+        if webhook.batch > 1 && !carries_itself {
+            self.wrong(
+                &["handlers", name, "format"],
+                "its transport puts several events into one request (`batch`), where headers \
+                 have no place, so the ids and types of events that have them there would be \
+                 lost; set \"cloudevents-structured\" or \"native\", or the transport's batch to 1",
+            );
+        }
+        if webhook.batch > 1 && raw.headers.as_ref().is_some_and(|headers| !headers.is_empty()) {
+            self.wrong(
+                &["handlers", name, "headers"],
+                "its transport puts several events into one request (`batch`), which has one set \
+                 of headers; take them out, or set the transport's batch to 1",
+            );
+        }
+    }
+
     fn template(&mut self, path: &[&str], template: &str, place: Place) {
         if let Err(error) = Template::parse(template).and_then(|parsed| parsed.check(place)) {
             self.wrong(path, error.to_string());
@@ -496,6 +551,7 @@ struct To<'a> {
     subject: Option<&'a str>,
     exchange: Option<&'a str>,
     routing_key: Option<&'a str>,
+    path: Option<&'a str>,
 }
 
 /// What runs when no handler is configured: EduPulse's lessons. Its quizzes are not in it:

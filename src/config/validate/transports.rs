@@ -8,11 +8,15 @@ use super::Check;
 use crate::{
     config::{
         raw::{RawTls, RawTransport, RawTransportKind},
-        settings::{INGEST, TransportSettings, WebhookOptions},
+        settings::{INGEST, TransportSettings},
     },
     secret::Secret,
     tls::TlsOptions,
-    transport::{amqp::AmqpOptions, nats::NatsOptions},
+    transport::{
+        amqp::AmqpOptions,
+        http::{WebhookOptions, check_secret},
+        nats::NatsOptions,
+    },
 };
 
 const ANY: &[&str] = &["kind"];
@@ -33,7 +37,18 @@ const NATS: &[&str] = &[
 ];
 const AMQP: &[&str] =
     &["url", "url_file", "password", "password_file", "tls", "timeout", "heartbeat"];
-const HTTP: &[&str] = &["url", "url_file", "secret", "secret_file", "timeout"];
+const HTTP: &[&str] = &[
+    "url",
+    "url_file",
+    "secret",
+    "secret_file",
+    "token",
+    "token_file",
+    "tls",
+    "timeout",
+    "batch",
+    "refuse_private",
+];
 
 impl Check<'_> {
     pub(super) fn transports(
@@ -105,7 +120,7 @@ impl Check<'_> {
                 raw.password.as_ref(),
                 raw.password_file.as_ref(),
             ),
-            tls: self.tls(name, raw.tls.as_ref(), true),
+            tls: self.tls(name, raw.tls.as_ref(), None),
             domain: raw.domain.clone(),
             timeout: self.span(
                 &["transports", name, "timeout"],
@@ -219,7 +234,7 @@ impl Check<'_> {
                 raw.password.as_ref(),
                 raw.password_file.as_ref(),
             ),
-            tls: self.tls(name, raw.tls.as_ref(), false),
+            tls: self.tls(name, raw.tls.as_ref(), Some("for RabbitMQ")),
             timeout: self.span(
                 &["transports", name, "timeout"],
                 raw.timeout,
@@ -234,33 +249,71 @@ impl Check<'_> {
     }
 
     fn webhook(&mut self, name: &str, raw: &RawTransport) -> WebhookOptions {
-        let (url, text) = self.url(name, raw, "https://crm.example/hooks");
-        let fits =
-            |text: &str| Url::parse(text).is_ok_and(|url| matches!(url.scheme(), "http" | "https"));
-        if text.is_some_and(|text| !fits(&text)) {
-            self.wrong(
-                &["transports", name, "url"],
-                "not a web address: write it as in https://crm.example/hooks",
-            );
-        }
         let table = ["transports", name];
+        let key = |key| ["transports", name, key];
+        let (url, text) = self.url(name, raw, "https://crm.example/hooks");
+        let token = self.secret(&table, "token", raw.token.as_ref(), raw.token_file.as_ref());
+        if let Some(text) = text {
+            match Url::parse(&text).ok().filter(|url| matches!(url.scheme(), "http" | "https")) {
+                None => self.wrong(
+                    &key("url"),
+                    "not a web address: write it as in https://crm.example/hooks",
+                ),
+                Some(parsed) => {
+                    if raw.tls.is_some() && parsed.scheme() == "http" {
+                        self.wrong(
+                            &key("tls"),
+                            "the URL says http, which is without TLS; write https://, or take \
+                             this out",
+                        );
+                    }
+                    let login = !parsed.username().is_empty() || parsed.password().is_some();
+                    if login && token.is_some() {
+                        self.wrong(
+                            &key("token"),
+                            "given beside a login in the URL; a request has one of them",
+                        );
+                    }
+                }
+            }
+        }
+        if let Some(token) = &token
+            && token.read().is_ok_and(|text| text.trim().contains(char::is_control))
+        {
+            self.wrong(&key("token"), "has a line break or control character; write it anew");
+        }
+        let secret = self.secret(&table, "secret", raw.secret.as_ref(), raw.secret_file.as_ref());
+        if let Some(secret) = &secret
+            && let Ok(text) = secret.read()
+            && !text.trim().is_empty()
+            && let Err(error) = check_secret(&text)
+        {
+            let given = if raw.secret_file.is_some() { "secret_file" } else { "secret" };
+            self.wrong(&key(given), error.to_string());
+        }
         WebhookOptions {
-            url,
-            secret: self.secret(&table, "secret", raw.secret.as_ref(), raw.secret_file.as_ref()),
-            timeout: self.span(
-                &["transports", name, "timeout"],
-                raw.timeout,
-                Duration::from_secs(10),
-            ),
+            secret,
+            token,
+            tls: self.tls(name, raw.tls.as_ref(), Some("for a webhook")),
+            timeout: self.span(&key("timeout"), raw.timeout, Duration::from_secs(10)),
+            batch: self.number(&key("batch"), raw.batch, 1, 1..=1_000),
+            refuse_private: raw.refuse_private.unwrap_or(false),
+            ..WebhookOptions::new(url)
         }
     }
 
-    fn tls(&mut self, name: &str, raw: Option<&RawTls>, nats: bool) -> Option<TlsOptions> {
+    /// `elsewhere` is what it is for, where it is not NATS, which alone knows `first`.
+    fn tls(
+        &mut self,
+        name: &str,
+        raw: Option<&RawTls>,
+        elsewhere: Option<&str>,
+    ) -> Option<TlsOptions> {
         let raw = raw?;
         let table = ["transports", name, "tls"];
         let key = |key| ["transports", name, "tls", key];
-        if !nats {
-            self.only(&table, &[&["ca_file", "cert_file", "key_file"]], "for RabbitMQ");
+        if let Some(place) = elsewhere {
+            self.only(&table, &[&["ca_file", "cert_file", "key_file"]], place);
         }
         if raw.cert_file.is_some() != raw.key_file.is_some() {
             let lack = if raw.cert_file.is_some() { "key_file" } else { "cert_file" };

@@ -93,7 +93,9 @@ pub struct ForwardOptions {
     pub headers: Vec<(String, String)>,
     /// What the message looks like. Default: as the event was published.
     pub format: ForwardFormat,
-    /// At most this many events are published in one go, each of another key. Default 256.
+    /// At most this many events are published in one go, each of another key. Default 256, and
+    /// 1 for `http`, where a call costs a round trip for each: there several workers are what
+    /// sends several at once.
     pub batch: usize,
 }
 
@@ -107,7 +109,7 @@ impl ForwardOptions {
             place: Place::of(transport_kind),
             headers: Vec::new(),
             format: ForwardFormat::Verbatim,
-            batch: 256,
+            batch: if transport_kind == "http" { 1 } else { 256 },
         }
     }
 

@@ -1,4 +1,4 @@
-//! HTTP: what is posted to the ingest endpoint, as deliveries.
+//! The way in: what is posted to the ingest endpoint, as deliveries.
 //!
 //! A request is one delivery group: its answer is its settlement, so a `2xx` means committed
 //! (G1). A client whose request ended otherwise still has its events and posts them again (C4),
@@ -9,11 +9,13 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use tokio::sync::{Mutex, OwnedMutexGuard, OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 
-use super::{
-    Consumer, Deliveries, Publisher, Receipt, Reporter, Room, Settle, Settlement, SourceSpec,
-    SourceState, Transport, TransportError,
+use crate::{
+    event::Message,
+    transport::{
+        Consumer, Deliveries, Publisher, Receipt, Reporter, Room, Settle, Settlement, SourceSpec,
+        SourceState, Transport, TransportError,
+    },
 };
-use crate::event::Message;
 
 /// Requests waiting to be taken, at most, and as many waiting for their turn to wait.
 const MAX_WAITING: usize = 1_024;
@@ -150,7 +152,8 @@ impl Transport for HttpTransport {
 
     async fn publisher(&self) -> Result<Box<dyn Publisher>, TransportError> {
         Err(TransportError::Misconfigured(
-            "publishing to webhooks is not in this version; forward to nats or amqp".to_owned(),
+            "the ingest endpoint is where events come in; forward to a webhook of [transports]"
+                .to_owned(),
         ))
     }
 }
