@@ -84,6 +84,7 @@ const DRIVERS: &[(&str, &[&str], &str)] = &[
         "the HTTP server, and those that tests make up",
     ),
     ("tower_http", &["api/"], "the HTTP server"),
+    ("reqwest", &["transport/http", "cli/"], "webhooks, and commands that ask a daemon"),
     ("figment", &["config/"], "the layers of the configuration"),
     ("clap", &["cli/", "main.rs"], "the command line"),
     ("clap_complete", &["cli/"], "the command line"),

@@ -40,3 +40,5 @@ mod redrive;
 mod store;
 mod support;
 mod turns;
+mod webhook;
+mod webhook_daemon;

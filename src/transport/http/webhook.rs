@@ -33,6 +33,10 @@
 //! this one was first left without an answer: then it is this one's fault,
 //! [`PublishError::Failed`].
 //!
+//! A receiver that says when to try again is not sent to before that, whoever asks: a handler
+//! with several workers may hear of it from one while another has success. Another URL ends the
+//! wait.
+//!
 //! # Order
 //!
 //! The messages of a call are sent one after the other, and requests of one call wait for each
@@ -48,7 +52,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use async_trait::async_trait;
@@ -188,6 +192,7 @@ impl Transport for WebhookTransport {
             live: Live::new(Arc::clone(&self.options)),
             options: Arc::clone(&self.options),
             silence: Silence::default(),
+            quiet: Mutex::default(),
             closed: RwLock::new(false),
         }))
     }
@@ -197,6 +202,7 @@ struct WebhookPublisher {
     options: Arc<WebhookOptions>,
     live: Live,
     silence: Silence,
+    quiet: Mutex<Option<Quiet>>,
     /// Whether it is closed; read-locked while a call is under way.
     closed: RwLock<bool>,
 }
@@ -216,6 +222,9 @@ impl Publisher for WebhookPublisher {
             Ok(receiver) => receiver,
             Err(reason) => return away(reason),
         };
+        if let Some(later) = self.quiet(receiver.url()) {
+            return vec![Err(later); count];
+        }
         let call = Call { publisher: self, receiver: &receiver };
         let mut answers = Vec::with_capacity(count);
         for (of_one_request, group) in groups(&messages, self.options.batch) {
@@ -223,6 +232,7 @@ impl Publisher for WebhookPublisher {
             let down = answered.iter().find(|answer| is_away(answer)).cloned();
             answers.extend(answered);
             if let Some(down) = down {
+                self.keep_quiet(receiver.url(), &down);
                 // What comes behind must not overtake it, and would fare no better.
                 answers.resize(count, down);
                 break;
@@ -233,6 +243,36 @@ impl Publisher for WebhookPublisher {
 
     async fn close(&self) {
         *self.closed.write().await = true;
+    }
+}
+
+/// A receiver that wants to be left alone.
+struct Quiet {
+    until: Instant,
+    reason: String,
+    url: Url,
+}
+
+impl WebhookPublisher {
+    /// What is to be said in place of sending, while the receiver wants to be left alone.
+    fn quiet(&self, url: &Url) -> Option<PublishError> {
+        let mut quiet = self.quiet.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        if quiet.as_ref().is_some_and(|quiet| quiet.until <= now || quiet.url != *url) {
+            *quiet = None;
+        }
+        quiet.as_ref().map(|quiet| PublishError::Later {
+            reason: quiet.reason.clone(),
+            after: quiet.until - now,
+        })
+    }
+
+    fn keep_quiet(&self, url: &Url, answer: &Answer) {
+        if let Err(PublishError::Later { reason, after }) = answer {
+            let (until, reason) = (Instant::now() + *after, reason.clone());
+            let mut quiet = self.quiet.lock().unwrap_or_else(PoisonError::into_inner);
+            *quiet = Some(Quiet { until, reason, url: url.clone() });
+        }
     }
 }
 

@@ -9,6 +9,7 @@ pub(crate) mod process;
 pub(crate) mod proxy;
 pub(crate) mod rabbit;
 pub(crate) mod random;
+pub(crate) mod receiver;
 
 pub(crate) use self::process::free_port;
 

@@ -1,0 +1,216 @@
+//! Webhooks from the real daemon: what is posted to it reaches a receiver that is not there at
+//! times, in order, and nobody reads the secrets.
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    time::Duration,
+};
+
+use crate::support::{
+    daemon::{Daemon, http, pulsebus},
+    free_port, process,
+    receiver::{Receiver, Reply, Seen},
+    wait_until,
+};
+
+const SECRET: &str = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
+
+/// A webhook to this port, with everything secret that it can have.
+fn transport(port: u16) -> String {
+    format!(
+        r#"
+[transports.crm]
+kind = "http"
+url = "http://127.0.0.1:{port}/services/T0-hidden?key=hidden-too"
+secret = "{SECRET}"
+token = "sEcReT-pa55"
+timeout = "1s"
+"#
+    )
+}
+
+fn forward(more: &str) -> String {
+    format!(
+        r#"
+[handlers.to-crm]
+kind = "forward"
+transport = "crm"
+path = "/{{type}}"
+timeout = "10s"
+{more}
+"#
+    )
+}
+
+async fn post(daemon: &Daemon, events: &[serde_json::Value]) {
+    let answer = http().post(daemon.url("/v1/events")).json(events).send().await.unwrap();
+    assert!(answer.status().is_success(), "{answer:?}");
+}
+
+fn event(key: &str, n: usize) -> serde_json::Value {
+    let id = format!("{key}-{n}");
+    serde_json::json!({ "type": "LessonPublished", "id": id, "key": key, "data": { "n": n } })
+}
+
+/// The first arrivals of each key, in order.
+fn arrivals(seen: &[Seen]) -> BTreeMap<String, Vec<usize>> {
+    let mut known = HashSet::new();
+    let mut keys: BTreeMap<String, Vec<usize>> = BTreeMap::new();
+    for id in seen.iter().map(Seen::id).filter(|id| known.insert(id.to_string())) {
+        let (key, n) = id.rsplit_once('-').unwrap();
+        keys.entry(key.to_owned()).or_default().push(n.parse().unwrap());
+    }
+    keys
+}
+
+fn assert_no_secret(daemon: &Daemon) {
+    let log = daemon.log();
+    for secret in ["hidden", "sEcReT", "MfKQ9r8GKYqr"] {
+        assert!(!log.contains(secret), "{secret} is in the log: {log}");
+    }
+}
+
+async fn handled(daemon: &Daemon, events: u64) {
+    wait_until("the handler has handled all", async || {
+        (daemon.handler("to-crm").await >= events).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn G4_G5_what_is_posted_reaches_a_receiver_through_kills_of_both() {
+    let port = free_port();
+    let daemon = Daemon::start(&format!("{}{}", transport(port), forward("workers = 8"))).await;
+    let keys = ["a", "b", "c", "d", "e"];
+    let mut seen = Vec::new();
+    let all: Vec<_> = (0..60).flat_map(|n| keys.map(|key| event(key, n))).collect();
+    // Nobody listens yet.
+    post(&daemon, &all[..100]).await;
+    wait_until("it is said", async || {
+        let handler = daemon.json("/v1/handlers/to-crm").await?;
+        (handler["state"] == "unavailable").then_some(())
+    })
+    .await;
+    assert_eq!(daemon.handler("to-crm").await, 0);
+    let ready = daemon.get("/readyz").await.unwrap();
+    assert!(ready.contains(&format!("cannot connect to http://127.0.0.1:{port}")), "{ready}");
+    assert!(!ready.contains("hidden"), "{ready}");
+    let receiver = Receiver::on(port, None, |_| Reply::status(204)).await;
+    handled(&daemon, 100).await;
+    // The receiver breaks while events flow; what it had half done comes again.
+    let mut n = 0;
+    receiver.rule(move |_| {
+        n += 1;
+        if n % 10 == 0 { Reply::Cut } else { Reply::status(204) }
+    });
+    post(&daemon, &all[100..200]).await;
+    wait_until("some of it arrives", async || (receiver.seen().len() > 130).then_some(())).await;
+    seen.extend(receiver.seen());
+    drop(receiver);
+    post(&daemon, &all[200..]).await;
+    daemon.kill();
+    let receiver = Receiver::on(port, None, |_| Reply::status(204)).await;
+    daemon.restart().await;
+    handled(&daemon, 300).await;
+    seen.extend(receiver.seen());
+    for (key, order) in arrivals(&seen) {
+        assert_eq!(order, (0..60).collect::<Vec<_>>(), "G5: {key} is out of order");
+    }
+    assert_eq!(arrivals(&seen).len(), keys.len());
+    let last = seen.last().unwrap();
+    assert_eq!(last.path, "/services/T0-hidden/LessonPublished?key=hidden-too");
+    assert!(last.header("webhook-signature").is_some());
+    assert_eq!(last.header("authorization"), Some("Bearer sEcReT-pa55"));
+    assert!(daemon.terminate().await.success(), "{}", daemon.log());
+    assert_no_secret(&daemon);
+}
+
+#[tokio::test]
+async fn a_receiver_that_asks_for_patience_gets_it() {
+    // Others, of other workers, have success meanwhile.
+    let mut first = true;
+    let receiver = Receiver::ruled(move |seen| {
+        if seen.id() == "a-0" && std::mem::take(&mut first) {
+            return Reply::with(429, "Retry-After: 3", "T0-hidden sEcReT-pa55");
+        }
+        Reply::status(200)
+    })
+    .await;
+    let config = format!("{}{}", transport(receiver.port()), forward("retry.attempts = 1"));
+    let daemon = Daemon::start(&config).await;
+    post(&daemon, &["a", "b", "c"].map(|key| event(key, 0))).await;
+    handled(&daemon, 3).await;
+    let seen = receiver.seen();
+    let tries: Vec<_> = seen.iter().filter(|seen| seen.id() == "a-0").map(|seen| seen.at).collect();
+    assert_eq!(tries.len(), 2);
+    let gap = tries[1] - tries[0];
+    assert!(gap >= Duration::from_secs(3), "tried again after {gap:?}");
+    assert_no_secret(&daemon);
+}
+
+#[tokio::test]
+async fn a_receiver_that_hangs_costs_no_event_its_attempts() {
+    let receiver = Receiver::ruled(|_| Reply::Hang).await;
+    let config = format!("{}{}", transport(receiver.port()), forward("retry.attempts = 1"));
+    let daemon = Daemon::start(&config).await;
+    post(&daemon, &[event("a", 0), event("b", 0), event("b", 1)]).await;
+    wait_until("it is probed", async || (receiver.seen().len() > 4).then_some(())).await;
+    receiver.rule(|_| Reply::status(200));
+    handled(&daemon, 3).await;
+    let handler = daemon.json("/v1/handlers/to-crm").await.unwrap();
+    assert_eq!(handler["dead"], 0, "{handler}");
+    assert_eq!(arrivals(&receiver.seen())["b"], [0, 1]);
+}
+
+#[tokio::test]
+async fn what_a_receiver_refuses_is_a_dead_letter_and_goes_where_those_go() {
+    let receiver = Receiver::ruled(|seen| match seen.id() {
+        "a-0" if !seen.path.contains("/dead/") => Reply::with(422, "x: y", "no title"),
+        _ => Reply::status(204),
+    })
+    .await;
+    let dead = "dead_letter = { transport = \"crm\", path = \"/dead/{handler}\" }";
+    let daemon = Daemon::start(&format!("{}{}", transport(receiver.port()), forward(dead))).await;
+    post(&daemon, &[event("a", 0), event("b", 0)]).await;
+    wait_until("the dead letter is published", async || {
+        let seen = receiver.seen();
+        let letter = seen.iter().find(|seen| seen.path.contains("/dead/"))?;
+        assert_eq!(letter.path, "/services/T0-hidden/dead/to-crm?key=hidden-too");
+        assert_eq!(letter.id(), "a-0");
+        assert_eq!(letter.header("pulsebus-dead-reason"), Some("rejected"));
+        assert!(letter.header("pulsebus-dead-error")?.contains("no title"));
+        Some(())
+    })
+    .await;
+    let letters = daemon.json("/v1/dead-letters").await.unwrap();
+    assert_eq!(letters["dead_letters"][0]["attempts"], 1, "{letters}");
+    assert_eq!(arrivals(&receiver.seen())["b"], [0]);
+    assert_no_secret(&daemon);
+}
+
+#[tokio::test]
+async fn a_person_can_post_to_a_webhook() {
+    let receiver = Receiver::start().await;
+    let config = process::folder("publish").join("pulsebus.toml");
+    std::fs::write(&config, transport(receiver.port())).unwrap();
+    let publish = async |arguments: &[&str]| {
+        let output = pulsebus(|command| {
+            command.arg("publish").arg("--config").arg(&config).args(["--transport", "crm"]);
+            command.args(arguments);
+        })
+        .await;
+        let text = [output.stdout, output.stderr].concat();
+        (output.status.code(), String::from_utf8(text).unwrap())
+    };
+    let (code, text) = publish(&["--path", "/by-hand", r#"{"id": "1", "x": 1}"#]).await;
+    assert_eq!((code, &*text), (Some(0), "confirmed 1\n"));
+    let seen = receiver.seen().remove(0);
+    assert_eq!(seen.path, "/services/T0-hidden/by-hand?key=hidden-too");
+    assert_eq!((seen.id(), &*seen.body), ("1", r#"{"id": "1", "x": 1}"#));
+    receiver.rule(|_| Reply::status(401));
+    let (code, text) = publish(&["{}"]).await;
+    assert!(code == Some(1) && text.contains("401 Unauthorized"), "{code:?} {text}");
+    assert!(!text.contains("hidden"), "{text}");
+    let (code, text) = publish(&["--subject", "x", "{}"]).await;
+    assert!(code == Some(2) && text.contains("--path"), "{code:?} {text}");
+}
