@@ -24,7 +24,7 @@ kind = "http"
 url = "http://127.0.0.1:{port}/services/T0-hidden?key=hidden-too"
 secret = "{SECRET}"
 token = "sEcReT-pa55"
-timeout = "1s"
+timeout = "2s"
 "#
     )
 }
@@ -154,7 +154,7 @@ async fn a_receiver_that_hangs_costs_no_event_its_attempts() {
     let config = format!("{}{}", transport(receiver.port()), forward("retry.attempts = 1"));
     let daemon = Daemon::start(&config).await;
     post(&daemon, &[event("a", 0), event("b", 0), event("b", 1)]).await;
-    wait_until("it is probed", async || (receiver.seen().len() > 4).then_some(())).await;
+    wait_until("it is probed", async || (receiver.seen().len() > 3).then_some(())).await;
     receiver.rule(|_| Reply::status(200));
     handled(&daemon, 3).await;
     let handler = daemon.json("/v1/handlers/to-crm").await.unwrap();
@@ -213,4 +213,33 @@ async fn a_person_can_post_to_a_webhook() {
     assert!(!text.contains("hidden"), "{text}");
     let (code, text) = publish(&["--subject", "x", "{}"]).await;
     assert!(code == Some(2) && text.contains("--path"), "{code:?} {text}");
+}
+
+#[tokio::test]
+async fn one_event_that_makes_a_receiver_hang_does_not_hold_up_the_others() {
+    let receiver = Receiver::ruled(|seen| match seen.id() {
+        "a-0" => Reply::Hang,
+        _ => Reply::status(200),
+    })
+    .await;
+    // One worker: nothing else is under way while it hangs.
+    let config =
+        format!("{}{}", transport(receiver.port()), forward("workers = 1\nretry.attempts = 2"));
+    let daemon = Daemon::start(&config).await;
+    post(&daemon, &[event("a", 0)]).await;
+    wait_until("it has hung", async || (!receiver.seen().is_empty()).then_some(())).await;
+    let others: Vec<_> = (0..20).map(|n| event("b", n)).collect();
+    post(&daemon, &others).await;
+    wait_until("the others arrive", async || {
+        (arrivals(&receiver.seen()).get("b")?.len() == 20).then_some(())
+    })
+    .await;
+    wait_until("it is a dead letter", async || {
+        let handler = daemon.json("/v1/handlers/to-crm").await?;
+        (handler["dead"] == 1).then_some(())
+    })
+    .await;
+    let letters = daemon.json("/v1/dead-letters").await.unwrap();
+    let error = letters["dead_letters"][0]["last_error"].as_str().unwrap();
+    assert!(error.contains("while it answers others"), "{letters}");
 }

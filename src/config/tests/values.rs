@@ -291,6 +291,11 @@ fn each_rule_names_the_key_and_what_to_do() {
         ),
         ("transports.t = { kind = \"http\", url = \"ftp://h\" }", "transports.t.url", "https://"),
         (
+            "transports.t = { kind = \"http\", url = \"http://10.0.0.1/\", refuse_private = true }",
+            "transports.t.url",
+            "private (RFC 1918)",
+        ),
+        (
             "transports.t = { kind = \"http\", url = \"https://h\", secret = \"hunter2\" }",
             "transports.t.secret",
             "begin with whsec_",

@@ -14,7 +14,7 @@ use crate::{
     tls::TlsOptions,
     transport::{
         amqp::AmqpOptions,
-        http::{WebhookOptions, check_secret},
+        http::{WebhookOptions, check_host, check_secret},
         nats::NatsOptions,
     },
 };
@@ -266,6 +266,11 @@ impl Check<'_> {
                             "the URL says http, which is without TLS; write https://, or take \
                              this out",
                         );
+                    }
+                    if raw.refuse_private == Some(true)
+                        && let Err(error) = check_host(&parsed)
+                    {
+                        self.wrong(&key("url"), error.to_string());
                     }
                     let login = !parsed.username().is_empty() || parsed.password().is_some();
                     if login && token.is_some() {

@@ -89,9 +89,9 @@ fn carried(address: Ipv6Addr) -> Option<Ipv4Addr> {
     }
 }
 
-/// Where a private address was about to be dialled.
+/// An address that is not dialled, because it is no public one.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct PrivateAddress {
+pub struct PrivateAddress {
     address: IpAddr,
     what: &'static str,
 }
@@ -109,8 +109,12 @@ impl fmt::Display for PrivateAddress {
 
 impl std::error::Error for PrivateAddress {}
 
-/// A host that is an address by itself is not looked up, so it is checked here.
-pub(super) fn check_literal(url: &Url) -> Result<(), PrivateAddress> {
+/// Checks a host that is an address by itself, which is never looked up; names are checked when
+/// they are dialled.
+///
+/// # Errors
+/// Where the address is not a public one.
+pub fn check_host(url: &Url) -> Result<(), PrivateAddress> {
     let address = match url.host() {
         Some(Host::Ipv4(address)) => IpAddr::V4(address),
         Some(Host::Ipv6(address)) => IpAddr::V6(address),
@@ -241,10 +245,10 @@ mod tests {
             "http://[::ffff:127.0.0.1]/",
             "http://user:password@10.0.0.1/",
         ] {
-            assert!(check_literal(&private.parse().unwrap()).is_err(), "{private}");
+            assert!(check_host(&private.parse().unwrap()).is_err(), "{private}");
         }
         for other in ["http://1.1.1.1/", "http://localhost/", "https://[2606:4700:4700::1111]/"] {
-            assert_eq!(check_literal(&other.parse().unwrap()), Ok(()), "{other}");
+            assert_eq!(check_host(&other.parse().unwrap()), Ok(()), "{other}");
         }
     }
 

@@ -15,7 +15,7 @@ use tokio::sync::Mutex;
 use url::Url;
 
 use super::{
-    dial::{PublicOnly, check_literal},
+    dial::{PublicOnly, check_host},
     signature::Keys,
     webhook::WebhookOptions,
 };
@@ -156,7 +156,7 @@ fn receiver(options: &WebhookOptions, client: Client) -> Result<Receiver, String
     let text = read("url", &options.url)?;
     let url = web_address(&text).ok_or(NO_ADDRESS)?;
     if options.refuse_private {
-        check_literal(&url)
+        check_host(&url)
             .map_err(|error| format!("{}: {error}", url.origin().ascii_serialization()))?;
     }
     let keys = match &options.secret {

@@ -12,6 +12,7 @@ mod live;
 mod signature;
 mod webhook;
 
+pub use dial::{PrivateAddress, check_host};
 pub use ingress::{HttpIngress, HttpTransport, IngressError};
 pub use signature::{SecretError, check_secret};
 pub use webhook::{WebhookOptions, WebhookTransport};
