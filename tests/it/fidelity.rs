@@ -29,12 +29,13 @@ use pulsebus::{
     transport::{
         Transport,
         amqp::{AmqpOptions, AmqpTransport},
+        http::{WebhookOptions, WebhookTransport},
         nats::{NatsOptions, NatsTransport},
     },
 };
 use serde_json::{Value, json};
 
-use crate::support::{nats::NatsServer, rabbit, wait_until};
+use crate::support::{daemon::Daemon, nats::NatsServer, rabbit, wait_until};
 
 /// Generated messages of each kind.
 const MESSAGES: usize = 300;
@@ -180,6 +181,7 @@ fn properties() -> impl Strategy<Value = BasicProperties> {
 }
 
 struct Rabbit {
+    uri: String,
     channel: Channel,
     transport: Arc<dyn Transport>,
     _connection: Connection,
@@ -193,13 +195,14 @@ impl Rabbit {
         let channel = connection.create_channel().await.unwrap();
         channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
         let transport = AmqpTransport::new(AmqpOptions {
-            url: Secret::Inline(vhost.uri),
+            url: Secret::Inline(vhost.uri.clone()),
             password: None,
             tls: None,
             timeout: Duration::from_secs(10),
             heartbeat: Duration::from_secs(10),
         });
-        Self { channel, transport: Arc::new(transport.unwrap()), _connection: connection }
+        let transport = Arc::new(transport.unwrap());
+        Self { uri: vhost.uri, channel, transport, _connection: connection }
     }
 
     async fn queue(&self, name: &str) {
@@ -499,4 +502,46 @@ async fn G9_nats_to_amqp_to_nats_is_identical() {
     assert_same_lines(&messages, &nats.take("last", MESSAGES).await, true);
     there.end().await;
     back.end().await;
+}
+
+/// By a webhook to a daemon, which takes it in over HTTP and forwards it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn G9_amqp_to_http_to_amqp_is_identical_in_type() {
+    let rabbit = Rabbit::new().await;
+    for queue in ["first", "last"] {
+        rabbit.queue(queue).await;
+    }
+    let daemon = Daemon::start(&format!(
+        "[transports.rabbit]\nkind = \"amqp\"\nurl = \"{}\"\n[handlers.on]\nkind = \"forward\"\n\
+         transport = \"rabbit\"\nexchange = \"\"\nrouting_key = \"last\"\n",
+        rabbit.uri
+    ))
+    .await;
+    daemon.ready().await;
+    let url = Secret::Inline(daemon.url("/v1"));
+    let webhook: Arc<dyn Transport> =
+        Arc::new(WebhookTransport::new(WebhookOptions::new(url)).unwrap());
+    let sink = (webhook, ForwardOptions::new("http", "/events"));
+    let hop = Hop::new(rabbit.source("first"), sink).await;
+    // Names in small letters, as HTTP has them, and each once that way.
+    let messages: Vec<_> = amqp_messages()
+        .into_iter()
+        .map(|(properties, body)| {
+            let mut table = FieldTable::default();
+            for (name, value) in properties.headers().iter().flatten() {
+                let small = name.as_str().to_ascii_lowercase();
+                // An HTTP hop takes this one away.
+                if small != "authorization" {
+                    let small = small.replace("cloudevents", "cloudEvents");
+                    table.insert(ShortString::from(small), value.clone());
+                }
+            }
+            // An array of JSON is several events over HTTP.
+            let body = if body.starts_with('[') { "null".to_owned() } else { body };
+            (properties.with_headers(table), body)
+        })
+        .collect();
+    rabbit.publish("first", &messages).await;
+    assert_same(&messages, &rabbit.take("last", MESSAGES).await);
+    hop.end().await;
 }
