@@ -9,6 +9,7 @@ mod dial;
 mod headers;
 mod ingress;
 mod live;
+mod request;
 mod signature;
 mod webhook;
 
