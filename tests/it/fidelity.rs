@@ -538,7 +538,9 @@ async fn G9_amqp_to_http_to_amqp_is_identical_in_type() {
             }
             // An array of JSON is several events over HTTP.
             let body = if body.starts_with('[') { "null".to_owned() } else { body };
-            (properties.with_headers(table), body)
+            // A request always says what its body is.
+            let typed = properties.content_type().clone().unwrap_or("application/json".into());
+            (properties.with_headers(table).with_content_type(typed), body)
         })
         .collect();
     rabbit.publish("first", &messages).await;

@@ -51,9 +51,11 @@ enum Kind {
     Seconds,
 }
 
+/// Not `Content-Encoding`: a body here is JSON and never encoded, whatever a publisher says of it, and
+/// an HTTP server would take it at its word.
 const PROPERTIES: [Property; 9] = [
     Property { name: ":content_type", text: "Content-Type", kind: Kind::Text },
-    Property { name: ":content_encoding", text: "Content-Encoding", kind: Kind::Text },
+    Property { name: ":content_encoding", text: "Amqp-Content-Encoding", kind: Kind::Text },
     Property { name: ":priority", text: "Amqp-Priority", kind: Kind::Byte },
     Property { name: ":correlation_id", text: "Amqp-Correlation-Id", kind: Kind::Text },
     Property { name: ":reply_to", text: "Amqp-Reply-To", kind: Kind::Text },

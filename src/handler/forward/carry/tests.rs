@@ -20,7 +20,7 @@ fn name() -> impl Strategy<Value = String> {
         4 => "[a-cA-C]{1,2}",
         2 => prop::sample::select(vec![
             "Content-Type", "content-type", "Amqp-Priority", "amqp-priority", "Amqp-Type",
-            "Content-Encoding", "cloudEvents:id", "cloudEvents:ID", "cloudEvents_id", "ce-id",
+            "Amqp-Content-Encoding", "cloudEvents:id", "cloudEvents:ID", "cloudEvents_id", "ce-id",
             "CE-time", "cloudEvents:time", "cloudEvents:", "ce-", "traceparent", TYPED_HEADER,
             "Pulsebus-Typed", MESSAGE_ID_HEADER, "::type", "::", "Nats-Msg-Id", "nats-x",
         ]).prop_map(str::to_owned),
