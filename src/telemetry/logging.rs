@@ -51,6 +51,9 @@ pub enum LoggingError {
         /// What is wrong with it.
         source: tracing_subscriber::filter::ParseError,
     },
+    /// The filter holds what is in no name of a level or target.
+    #[error("log.filter: `{0}` has other characters than visible ASCII ones")]
+    Characters(String),
     /// This process logs already.
     #[error("logging is set up already")]
     Twice,
@@ -59,8 +62,12 @@ pub enum LoggingError {
 /// Parses a filter; directives in it win over those for the drivers.
 ///
 /// # Errors
-/// [`LoggingError::Filter`].
+/// [`LoggingError::Filter`], [`LoggingError::Characters`].
 pub fn filter(filter: &str) -> Result<EnvFilter, LoggingError> {
+    // The parser panics at some of the others.
+    if !filter.chars().all(|c| c.is_ascii_graphic() || c == ' ') {
+        return Err(LoggingError::Characters(filter.escape_debug().to_string()));
+    }
     let parse = |text: &str| {
         EnvFilter::builder()
             .parse(text)
@@ -114,5 +121,8 @@ mod tests {
         assert!(filter("info,lapin=debug").unwrap().to_string().contains("lapin=debug"));
         let error = filter("pulsebus=loud").unwrap_err().to_string();
         assert!(error.contains("log.filter") && error.contains("pulsebus=loud"), "{error}");
+        // The parser panics at this one.
+        let error = filter("\t0¡=").unwrap_err().to_string();
+        assert!(error.contains("visible ASCII"), "{error}");
     }
 }

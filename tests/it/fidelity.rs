@@ -297,6 +297,9 @@ fn assert_same(
 
 // --- NATS -----------------------------------------------------------------------------------
 
+/// Names and values, sorted by name.
+type Lines = Vec<(String, String)>;
+
 struct Nats {
     context: jetstream::Context,
     transport: Arc<dyn Transport>,
@@ -306,7 +309,7 @@ struct Nats {
 impl Nats {
     async fn new() -> Self {
         let server = NatsServer::start();
-        let options = NatsOptions { url: server.url().into(), ..NatsOptions::default() };
+        let options = NatsOptions { url: server.url(), ..NatsOptions::default() };
         let context = server.jetstream().await;
         Self { context, transport: Arc::new(NatsTransport::new(options)), _server: server }
     }
@@ -330,7 +333,7 @@ impl Nats {
         (Arc::clone(&self.transport), options)
     }
 
-    async fn publish(&self, stream: &str, messages: &[(Vec<(String, String)>, String)]) {
+    async fn publish(&self, stream: &str, messages: &[(Lines, String)]) {
         for (n, (headers, body)) in messages.iter().enumerate() {
             let mut map = HeaderMap::new();
             map.insert("Nats-Msg-Id", format!("m-{n}").as_str());
@@ -349,11 +352,7 @@ impl Nats {
     }
 
     /// All messages of a stream by their id: headers less those of the server and of `forward`.
-    async fn take(
-        &self,
-        stream: &str,
-        count: usize,
-    ) -> BTreeMap<String, (Vec<(String, String)>, Vec<u8>)> {
+    async fn take(&self, stream: &str, count: usize) -> BTreeMap<String, (Lines, Vec<u8>)> {
         let mut stream = self.context.get_stream(stream).await.unwrap();
         wait_until(&format!("{count} messages are in the stream"), async || {
             let state = &stream.info().await.unwrap().state;
@@ -390,7 +389,7 @@ impl Nats {
     }
 }
 
-fn nats_messages() -> Vec<(Vec<(String, String)>, String)> {
+fn nats_messages() -> Vec<(Lines, String)> {
     static PROPERTIES: LazyLock<BTreeSet<&str>> =
         LazyLock::new(|| BTreeSet::from(["content-type", "amqp-priority"]));
     let name = prop_oneof![
@@ -426,8 +425,8 @@ fn nats_messages() -> Vec<(Vec<(String, String)>, String)> {
 }
 
 fn assert_same_lines(
-    published: &[(Vec<(String, String)>, String)],
-    taken: &BTreeMap<String, (Vec<(String, String)>, Vec<u8>)>,
+    published: &[(Lines, String)],
+    taken: &BTreeMap<String, (Lines, Vec<u8>)>,
     across: bool,
 ) {
     for (n, (headers, body)) in published.iter().enumerate() {
@@ -436,7 +435,7 @@ fn assert_same_lines(
         let body = body.replace("\"ID\"", &format!("\"{id}\""));
         assert_eq!(bytes, body.as_bytes(), "{id}");
         // A CloudEvents attribute is decoded on its way to AMQP, and encoded on its way back.
-        let plain = |all: &[(String, String)]| -> Vec<(String, String)> {
+        let plain = |all: &[(String, String)]| -> Lines {
             let kept = all.iter().filter(|(name, _)| !across || !name.starts_with("ce-"));
             kept.cloned().collect()
         };

@@ -243,3 +243,58 @@ async fn one_event_that_makes_a_receiver_hang_does_not_hold_up_the_others() {
     let error = letters["dead_letters"][0]["last_error"].as_str().unwrap();
     assert!(error.contains("while it answers others"), "{letters}");
 }
+
+/// Two daemons, each the other's webhook: a bridge over HTTP, one way in arrays.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn G2_two_daemons_forward_to_each_other_and_nothing_loops() {
+    let there = free_port();
+    let config = |port: u16, handler: &str, batch: usize| {
+        format!(
+            "[transports.crm]\nkind = \"http\"\nurl = \"http://127.0.0.1:{port}/v1\"\n\
+             timeout = \"2s\"\nbatch = {batch}\n[handlers.to-crm]\nkind = \"forward\"\n\
+             transport = \"crm\"\npath = \"/events\"\ntimeout = \"10s\"\nworkers = 8\n{handler}"
+        )
+    };
+    let first = Daemon::start(&config(there, "format = \"cloudevents-structured\"\n", 50)).await;
+    let back = first.address().rsplit_once(':').unwrap().1.parse().unwrap();
+    let second = Daemon::start_on(there, &config(back, "", 1)).await;
+    let events: Vec<_> = (0..600)
+        .map(|n| match n % 3 {
+            0 => serde_json::json!({
+                "type": "Native", "id": format!("n-{n}"), "key": format!("k{}", n % 7),
+                "data": { "n": n, "é": [1.0, null] },
+            }),
+            1 => serde_json::json!({ "id": format!("r-{n}"), "plain": true, "type": 5 }),
+            _ => serde_json::json!({
+                "specversion": "1.0", "id": format!("s-{n}"), "source": "/s", "type": "S",
+                "partitionkey": format!("k{}", n % 7), "data": n,
+            }),
+        })
+        .collect();
+    post(&first, &events).await;
+    post(&second, &[event("other", 1)]).await;
+    // Each has all, and has sent all: what comes back is known.
+    for daemon in [&first, &second] {
+        wait_until("all is forwarded", async || {
+            (daemon.head().await == 601 && daemon.handler("to-crm").await == 601).then_some(())
+        })
+        .await;
+    }
+    let rows = async |daemon: &Daemon| {
+        let page = daemon.json("/v1/events?limit=1000").await.unwrap();
+        let mut rows: Vec<_> = page["events"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|e| format!("{} {} {} {}", e["source"], e["id"], e["type"], e["key"]))
+            .collect();
+        rows.sort();
+        rows
+    };
+    assert_eq!(rows(&first).await, rows(&second).await);
+    for daemon in [&first, &second] {
+        assert_eq!(daemon.head().await, 601, "G2: nothing loops");
+        let quarantined = daemon.json("/v1/quarantine").await.unwrap();
+        assert_eq!(quarantined["quarantine"].as_array().unwrap().len(), 0, "{quarantined}");
+    }
+}

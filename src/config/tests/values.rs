@@ -348,7 +348,7 @@ fn each_rule_names_the_key_and_what_to_do() {
         (
             "transports.t = { kind = \"http\", url = \"https://h\" }\nhandlers.h = { kind = \"forward\", transport = \"t\", path = \"/a?b\" }",
             "handlers.h.path",
-            "query stands in the url",
+            "a query stands in the transport's url",
         ),
         (
             "transports.t = { kind = \"http\", url = \"https://h\" }\nhandlers.h = { kind = \"forward\", transport = \"t\", path = \"/../a\" }",

@@ -52,8 +52,12 @@ impl Daemon {
     /// Starts it with this configuration, to which `data_dir` and `http.listen` are added, and
     /// waits until it answers.
     pub(crate) async fn start(config: &str) -> Self {
+        Self::start_on(process::free_port(), config).await
+    }
+
+    /// The same, on a port that somebody knows already.
+    pub(crate) async fn start_on(port: u16, config: &str) -> Self {
         let folder = process::folder("daemon");
-        let port = process::free_port();
         let config = format!(
             "data_dir = \"{}\"\n[http]\nlisten = \"127.0.0.1:{port}\"\n{config}",
             folder.join("data").display()
