@@ -206,8 +206,10 @@ async fn pulsebus(nats: &str, events: u64, round: u64) -> f64 {
         bus.register_handler_with(Arc::clone(&handler) as _, HandlerOptions::default());
     registered.await.unwrap();
     bus.start_worker_pool(2);
-    let transport =
-        NatsTransport::new(NatsOptions { url: nats.to_owned(), ..NatsOptions::default() });
+    let transport = NatsTransport::new(NatsOptions {
+        url: pulsebus::secret::Secret::Inline(nats.to_owned()),
+        ..NatsOptions::default()
+    });
     let started = Instant::now();
     bus.add_source(Source {
         name: "bench".into(),

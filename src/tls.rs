@@ -10,8 +10,9 @@ use std::{
 };
 
 use rustls::{
-    CertificateError, ClientConfig, RootCertStore,
+    CertificateError, ClientConfig, RootCertStore, ServerConfig,
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
+    server::WebPkiClientVerifier,
 };
 
 /// TLS as a client.
@@ -25,6 +26,17 @@ pub struct TlsOptions {
     pub key_file: Option<PathBuf>,
     /// Handshake before the server speaks (NATS `tls_first`).
     pub first: bool,
+}
+
+/// TLS as a server.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServerTlsOptions {
+    /// The certificate, and those between it and its authority (PEM).
+    pub cert_file: PathBuf,
+    /// Its private key (PEM).
+    pub key_file: PathBuf,
+    /// Clients must show a certificate that this authority has signed (PEM); `None`: none.
+    pub client_ca_file: Option<PathBuf>,
 }
 
 /// Why there are no TLS settings.
@@ -43,18 +55,29 @@ pub enum TlsError {
     /// A client certificate without its key, or a key without its certificate.
     #[error("a client certificate needs both cert_file and key_file")]
     Half,
+    /// What clients' certificates would be checked with cannot be used.
+    #[error("cannot check certificates of clients with {}: {reason}", path.display())]
+    ClientAuthority {
+        /// The file of the authority.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
     /// Certificate and key do not belong together, or are of a kind that cannot be used.
     #[error("certificate and key do not fit: {0}")]
     Unfit(rustls::Error),
 }
 
-/// The system's certificate authorities; read once, since they change with the system.
-static SYSTEM: LazyLock<Vec<CertificateDer<'static>>> = LazyLock::new(|| {
+/// The system's certificate authorities; read once, since they change with the system and reading
+/// them takes long.
+static SYSTEM: LazyLock<RootCertStore> = LazyLock::new(|| {
     let found = rustls_native_certs::load_native_certs();
     for error in &found.errors {
         tracing::warn!(%error, "a certificate authority of the system cannot be read");
     }
-    found.certs
+    let mut roots = RootCertStore::empty();
+    roots.add_parsable_certificates(found.certs);
+    roots
 });
 
 /// What a client handshakes with.
@@ -62,8 +85,7 @@ static SYSTEM: LazyLock<Vec<CertificateDer<'static>>> = LazyLock::new(|| {
 /// # Errors
 /// See [`TlsError`].
 pub fn client_config(options: &TlsOptions) -> Result<ClientConfig, TlsError> {
-    let mut roots = RootCertStore::empty();
-    roots.add_parsable_certificates(SYSTEM.iter().cloned());
+    let mut roots = SYSTEM.clone();
     if let Some(path) = &options.ca_file {
         let what = "a certificate authority";
         for certificate in certificates(what, path)? {
@@ -84,6 +106,41 @@ pub fn client_config(options: &TlsOptions) -> Result<ClientConfig, TlsError> {
             .map_err(TlsError::Unfit),
         _ => Err(TlsError::Half),
     }
+}
+
+/// What a server of HTTP/1.1 handshakes with.
+///
+/// # Errors
+/// See [`TlsError`].
+pub fn server_config(options: &ServerTlsOptions) -> Result<ServerConfig, TlsError> {
+    let builder = ServerConfig::builder_with_provider(provider())
+        .with_safe_default_protocol_versions()
+        .map_err(TlsError::Unfit)?;
+    let builder = match &options.client_ca_file {
+        None => builder.with_no_client_auth(),
+        Some(path) => {
+            let what = "a certificate authority";
+            let mut roots = RootCertStore::empty();
+            for certificate in certificates(what, path)? {
+                roots.add(certificate).map_err(|error| file(what, path, &error))?;
+            }
+            let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider())
+                .build()
+                .map_err(|error| TlsError::ClientAuthority {
+                    path: path.clone(),
+                    reason: error.to_string(),
+                })?;
+            builder.with_client_cert_verifier(verifier)
+        }
+    };
+    let mut config = builder
+        .with_single_cert(
+            certificates("a certificate", &options.cert_file)?,
+            private_key(&options.key_file)?,
+        )
+        .map_err(TlsError::Unfit)?;
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    Ok(config)
 }
 
 /// The one provider of cryptography there is.
@@ -127,14 +184,20 @@ fn file(what: &'static str, path: &Path, reason: &impl ToString) -> TlsError {
 /// which certificate is refused by whom, and what to change. `None` where it is something else.
 #[must_use]
 pub fn explain(error: &(dyn Error + 'static)) -> Option<String> {
+    explain_with(error, "tls.ca_file")
+}
+
+/// The same where the authority's certificate is not given as `tls.ca_file`, but by `ca`.
+#[must_use]
+pub fn explain_with(error: &(dyn Error + 'static), ca: &str) -> Option<String> {
     let mut next = Some(error);
     while let Some(error) = next {
         if let Some(error) = error.downcast_ref::<rustls::Error>() {
-            return Some(words(error));
+            return Some(words(error, ca));
         }
         // An `io::Error` hides what it was made of from `source`.
         if let Some(inner) = error.downcast_ref::<std::io::Error>().and_then(|e| e.get_ref())
-            && let Some(found) = explain(inner)
+            && let Some(found) = explain_with(inner, ca)
         {
             return Some(found);
         }
@@ -143,13 +206,18 @@ pub fn explain(error: &(dyn Error + 'static)) -> Option<String> {
     None
 }
 
-fn words(error: &rustls::Error) -> String {
+fn words(error: &rustls::Error, ca: &str) -> String {
     use rustls::{AlertDescription as Alert, Error as Tls};
     match error {
         Tls::InvalidCertificate(error) => match error {
-            CertificateError::UnknownIssuer => "the server's certificate is signed by an unknown \
-                 authority; name its certificate as tls.ca_file"
-                .to_owned(),
+            CertificateError::UnknownIssuer => format!(
+                "the server's certificate is signed by an unknown authority; name its \
+                 certificate as {ca}"
+            ),
+            CertificateError::BadSignature => format!(
+                "the server's certificate is signed by another authority of the same name as \
+                 the one in {ca}; was that made anew?"
+            ),
             CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
                 format!("the server's certificate is for another name than the url's host: {error}")
             }
@@ -173,6 +241,33 @@ fn words(error: &rustls::Error) -> String {
             format!("the server refuses our client certificate, or wants one: {error}")
         }
         error => format!("the TLS handshake failed: {error}"),
+    }
+}
+
+/// What it may mean that a server hangs up in the middle of a handshake, where that is what the
+/// error says: one that refuses a client may close the connection before its reason is read.
+#[must_use]
+pub fn hung_up(error: &(dyn Error + 'static), options: &TlsOptions) -> Option<&'static str> {
+    use std::io::ErrorKind;
+    let mut next = Some(error);
+    loop {
+        let error = next?;
+        if let Some(error) = error.downcast_ref::<std::io::Error>()
+            && matches!(
+                error.kind(),
+                ErrorKind::ConnectionReset
+                    | ErrorKind::ConnectionAborted
+                    | ErrorKind::BrokenPipe
+                    | ErrorKind::UnexpectedEof
+            )
+        {
+            return Some(if options.cert_file.is_some() {
+                "the server may refuse our client certificate; its log says why"
+            } else {
+                "the server may want a client certificate: set tls.cert_file and tls.key_file"
+            });
+        }
+        next = error.source();
     }
 }
 

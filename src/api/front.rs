@@ -96,6 +96,7 @@ mod tests {
         ApiOptions {
             listen: ([127, 0, 0, 1], 0).into(),
             token: token.map(|token| Secret::Inline(token.to_owned())),
+            tls: None,
             max_body: 1 << 20,
             body_bytes: 1 << 20,
             timeout: std::time::Duration::from_secs(30),

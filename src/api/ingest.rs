@@ -374,6 +374,7 @@ mod tests {
         ApiOptions {
             listen: ([127, 0, 0, 1], 0).into(),
             token: None,
+            tls: None,
             max_body,
             body_bytes,
             timeout: std::time::Duration::from_secs(30),

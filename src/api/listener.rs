@@ -13,27 +13,36 @@ use std::{
 use axum::serve::Listener;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::{TcpListener, TcpStream},
+    net::TcpListener,
     sync::{OwnedSemaphorePermit, Semaphore},
     time::{Instant, Sleep},
 };
+
+use super::tls::{Certificates, Stream};
 
 pub(super) struct Limited {
     listener: TcpListener,
     places: Arc<Semaphore>,
     patience: Duration,
+    tls: Option<Certificates>,
 }
 
 impl Limited {
-    /// At most `max` connections; see [`Connection`] for `patience`.
-    pub(super) fn new(listener: TcpListener, max: usize, patience: Duration) -> Self {
+    /// At most `max` connections, those that handshake included; see [`Connection`] for
+    /// `patience`.
+    pub(super) fn new(
+        listener: TcpListener,
+        max: usize,
+        patience: Duration,
+        tls: Option<Certificates>,
+    ) -> Self {
         let max = max.clamp(1, Semaphore::MAX_PERMITS);
-        Self { listener, places: Arc::new(Semaphore::new(max)), patience }
+        Self { listener, places: Arc::new(Semaphore::new(max)), patience, tls }
     }
 }
 
 impl Listener for Limited {
-    type Io = Connection<TcpStream>;
+    type Io = Connection<Stream>;
     type Addr = SocketAddr;
 
     async fn accept(&mut self) -> (Self::Io, SocketAddr) {
@@ -44,6 +53,10 @@ impl Listener for Limited {
         let (stream, address) = Listener::accept(&mut self.listener).await;
         // An answer is written in one go; waiting for more to send only delays it.
         let _ = stream.set_nodelay(true);
+        let stream = match &mut self.tls {
+            None => Stream::Plain(stream),
+            Some(certificates) => certificates.stream(stream),
+        };
         (Connection::new(stream, self.patience, Some(place)), address)
     }
 

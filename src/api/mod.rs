@@ -16,6 +16,7 @@ mod redrives;
 mod search;
 mod status;
 mod stream;
+mod tls;
 mod view;
 
 use std::{collections::BTreeMap, io, net::SocketAddr, sync::Arc, time::Duration};
@@ -30,7 +31,8 @@ use tower_http::catch_panic::CatchPanicLayer;
 
 use self::listener::Limited;
 use crate::{
-    bus::EventBus, handler::search::SearchHandler, secret::Secret, transport::http::HttpIngress,
+    bus::EventBus, handler::search::SearchHandler, secret::Secret, tls::ServerTlsOptions,
+    transport::http::HttpIngress,
 };
 
 pub use front::Front;
@@ -44,6 +46,9 @@ pub struct ApiOptions {
     /// What clients present as `Authorization: Bearer`; `None`: nothing, and then only requests
     /// addressed to this machine by name are served.
     pub token: Option<Secret>,
+    /// Certificate and key for HTTPS; `None`: plain HTTP. Renewed files count from the next
+    /// connection on.
+    pub tls: Option<ServerTlsOptions>,
     /// Largest request body, in bytes.
     pub max_body: usize,
     /// Bodies read and not answered yet, in bytes over all requests; more wait.
@@ -114,7 +119,7 @@ impl Api {
     /// end, and what was begun is answered.
     ///
     /// # Errors
-    /// Where the listener fails for good.
+    /// Where the listener fails for good, or certificate and key cannot be used.
     pub async fn serve(self, listener: TcpListener, stop: CancellationToken) -> io::Result<()> {
         let options = self.options.clone();
         serve(listener, self.router(stop.clone()), &options, stop).await
@@ -168,7 +173,9 @@ async fn serve(
     options: &ApiOptions,
     stop: CancellationToken,
 ) -> io::Result<()> {
-    let listener = Limited::new(listener, options.max_connections, options.patience());
+    let tls = options.tls.clone().map(tls::Certificates::new).transpose();
+    let tls = tls.map_err(io::Error::other)?;
+    let listener = Limited::new(listener, options.max_connections, options.patience(), tls);
     axum::serve(listener, router)
         .with_graceful_shutdown(async move { stop.cancelled().await })
         .await

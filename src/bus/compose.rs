@@ -298,9 +298,10 @@ async fn open_store(settings: &Settings) -> Result<Arc<dyn EventStore>, Trouble>
         StoreSettings::Sqlite { path } => {
             Arc::new(SqliteStore::open(SqliteOptions::new(path)).await?)
         }
-        StoreSettings::Postgres { url, max_connections } => {
+        StoreSettings::Postgres { url, max_connections, tls } => {
             let options = PostgresOptions {
                 max_connections: *max_connections,
+                tls: tls.clone(),
                 ..PostgresOptions::new(url.clone())
             };
             Arc::new(PostgresStore::connect(options).await?)

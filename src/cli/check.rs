@@ -2,13 +2,14 @@
 
 use std::process::ExitCode;
 
+use pulsebus::config::ConfigError;
 use serde_json::json;
 
 use super::{BAD_CONFIG, Failure, SettingsArgs, output};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Prints `{"ok": …, "errors": [{"origin", "key", "problem"}]}`
+    /// Prints `{"ok": …, "errors": [{"origin", "key", "problem"}], "warnings": […]}`
     #[arg(long)]
     json: bool,
 }
@@ -17,20 +18,20 @@ pub(super) fn check(settings: &SettingsArgs, args: &Args) -> Result<ExitCode, Fa
     let loaded = match settings.load() {
         Ok(loaded) => loaded,
         Err(errors) if args.json => {
-            let errors: Vec<_> = errors
-                .iter()
-                .map(|error| {
-                    json!({ "origin": error.origin, "key": error.key, "problem": error.problem })
-                })
-                .collect();
+            let errors: Vec<_> = errors.iter().map(entry).collect();
             output::print(&json!({ "ok": false, "errors": errors }).to_string())?;
             return Ok(ExitCode::from(BAD_CONFIG));
         }
         Err(errors) => return Err(errors.into()),
     };
     if args.json {
-        output::print(&json!({ "ok": true, "errors": [] }).to_string())?;
+        let warnings: Vec<_> = loaded.warnings.iter().map(entry).collect();
+        let answer = json!({ "ok": true, "errors": [], "warnings": warnings });
+        output::print(&answer.to_string())?;
     } else {
+        for warning in &loaded.warnings {
+            output::complain(&format!("warning: {warning}"));
+        }
         let settings = &loaded.settings;
         let names = |names: &mut dyn Iterator<Item = &std::sync::Arc<str>>| {
             let names: Vec<&str> = names.map(|name| &**name).collect();
@@ -47,4 +48,8 @@ pub(super) fn check(settings: &SettingsArgs, args: &Args) -> Result<ExitCode, Fa
         ))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn entry(found: &ConfigError) -> serde_json::Value {
+    json!({ "origin": found.origin, "key": found.key, "problem": found.problem })
 }

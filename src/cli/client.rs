@@ -3,7 +3,11 @@
 use std::{error::Error as _, net::SocketAddr, path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, anyhow, bail};
-use pulsebus::{config::Settings, secret::Secret};
+use pulsebus::{
+    config::Settings,
+    secret::Secret,
+    tls::{self, TlsOptions},
+};
 use reqwest::{
     Method, StatusCode,
     header::{AUTHORIZATION, CONTENT_TYPE, HeaderValue},
@@ -22,6 +26,16 @@ pub(super) struct ClientArgs {
     /// A file that holds the daemon's token [default: as configured in http.token]
     #[arg(long, value_name = "FILE", env = "PULSEBUS_TOKEN_FILE")]
     token_file: Option<PathBuf>,
+    /// The certificate of the authority that signed the daemon's, for https, where it is none of
+    /// the system's
+    #[arg(long, value_name = "FILE", env = "PULSEBUS_CA_FILE")]
+    ca_file: Option<PathBuf>,
+    /// A client certificate, where the daemon wants one (http.tls.client_ca_file)
+    #[arg(long, value_name = "FILE", env = "PULSEBUS_CERT_FILE", requires = "key_file")]
+    cert_file: Option<PathBuf>,
+    /// Its private key
+    #[arg(long, value_name = "FILE", env = "PULSEBUS_KEY_FILE", requires = "cert_file")]
+    key_file: Option<PathBuf>,
     /// Prints JSON, one value a line
     #[arg(long)]
     pub(super) json: bool,
@@ -53,7 +67,13 @@ impl ClientArgs {
         if let Some(file) = &self.token_file {
             token = Some(Secret::File(file.clone()));
         }
-        Client::new(url, token.as_ref()).map_err(Failure::from)
+        let tls = TlsOptions {
+            ca_file: self.ca_file.clone(),
+            cert_file: self.cert_file.clone(),
+            key_file: self.key_file.clone(),
+            first: false,
+        };
+        Client::new(url, token.as_ref(), &tls).map_err(Failure::from)
     }
 }
 
@@ -67,7 +87,8 @@ fn daemon_url(settings: &Settings) -> anyhow::Result<Url> {
             SocketAddr::V6(_) => std::net::Ipv6Addr::LOCALHOST.into(),
         });
     }
-    Url::parse(&format!("http://{address}")).context("http.listen gives no URL")
+    let scheme = if settings.http.tls.is_some() { "https" } else { "http" };
+    Url::parse(&format!("{scheme}://{address}")).context("http.listen gives no URL")
 }
 
 /// A daemon to talk to.
@@ -79,7 +100,7 @@ pub(super) struct Client {
 }
 
 impl Client {
-    fn new(base: Url, token: Option<&Secret>) -> anyhow::Result<Self> {
+    fn new(base: Url, token: Option<&Secret>, tls: &TlsOptions) -> anyhow::Result<Self> {
         if !matches!(base.scheme(), "http" | "https") {
             bail!("--url {base} is not understood: write it as in http://127.0.0.1:8077");
         }
@@ -93,7 +114,11 @@ impl Client {
                 Some(value)
             }
         };
-        let http = reqwest::Client::builder()
+        let mut http = reqwest::Client::builder();
+        if base.scheme() == "https" {
+            http = http.tls_backend_preconfigured(tls::client_config(tls)?);
+        }
+        let http = http
             .connect_timeout(Duration::from_secs(5))
             .timeout(Duration::from_secs(60))
             // A token must not follow a redirect to somebody else.
@@ -159,9 +184,12 @@ impl Client {
         if let Some((content_type, body)) = body {
             request = request.header(CONTENT_TYPE, content_type).body(body);
         }
-        let away = |error: &reqwest::Error| RequestError::Away {
-            base: self.base.to_string(),
-            reason: innermost(error),
+        let away = |error: &reqwest::Error| {
+            let base = self.base.to_string();
+            match tls::explain_with(error, "--ca-file") {
+                Some(reason) => RequestError::Tls { base, reason },
+                None => RequestError::Away { base, reason: innermost(error) },
+            }
         };
         let response = request.send().await.map_err(|error| away(&error))?;
         let status = response.status();
@@ -196,6 +224,14 @@ pub(super) enum RequestError {
         /// Why.
         reason: String,
     },
+    /// It cannot be trusted, or does not trust us.
+    #[error("no connection to {base}: {reason}")]
+    Tls {
+        /// The daemon's URL.
+        base: String,
+        /// Why.
+        reason: String,
+    },
     /// It says no.
     #[error("{}", refusal(*status, problem, path))]
     Refused {
@@ -224,7 +260,7 @@ impl RequestError {
             Self::Refused { status, .. } => {
                 status.is_server_error() || *status == StatusCode::TOO_MANY_REQUESTS
             }
-            Self::Strange { .. } => false,
+            Self::Tls { .. } | Self::Strange { .. } => false,
         }
     }
 }
@@ -273,6 +309,10 @@ fn innermost(error: &reqwest::Error) -> String {
     while let Some(inner) = cause {
         text = inner.to_string();
         cause = inner.source();
+    }
+    // A TLS alert, read as an answer.
+    if text.contains("invalid HTTP version") {
+        text.push_str(" (is it https:// there?)");
     }
     text
 }

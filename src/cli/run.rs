@@ -21,7 +21,7 @@ use super::{BAD_CONFIG, DRAIN_DEADLINE, FAILED, output};
 
 /// Runs the daemon until it is told to stop.
 pub(super) fn run(loaded: Loaded) -> ExitCode {
-    let Loaded { settings, file, .. } = loaded;
+    let Loaded { settings, file, warnings, .. } = loaded;
     if let Err(error) = telemetry::init_logging(&settings.log) {
         output::complain(&format!("pulsebus: {error}"));
         return ExitCode::from(BAD_CONFIG);
@@ -34,6 +34,9 @@ pub(super) fn run(loaded: Loaded) -> ExitCode {
         handlers = settings.handlers.len(),
         "starting"
     );
+    for warning in &warnings {
+        tracing::warn!("{warning}");
+    }
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -41,7 +44,8 @@ pub(super) fn run(loaded: Loaded) -> ExitCode {
             return ExitCode::from(FAILED);
         }
     };
-    let first_steps = file.is_none() && settings.http.token.is_none();
+    let first_steps =
+        file.is_none() && settings.http.token.is_none() && settings.http.tls.is_none();
     let code = match runtime.block_on(daemon(&settings, first_steps)) {
         Ok(code) => code,
         Err(error) => {
@@ -89,7 +93,7 @@ async fn daemon(settings: &Settings, first_steps: bool) -> anyhow::Result<ExitCo
         // Before anything is consumed: a second daemon ends here.
         let listener = api::listen(settings.http.listen).await?;
         let address = listener.local_addr().context("failed to read the address")?;
-        tracing::info!(%address, "HTTP is up");
+        tracing::info!(%address, tls = settings.http.tls.is_some(), "HTTP is up");
         let server = Front::new(api_options(settings), starting.clone(), stop.clone());
         front = Some((server.clone(), address));
         tasks.spawn(server.serve(listener));
@@ -190,6 +194,7 @@ fn api_options(settings: &Settings) -> ApiOptions {
     ApiOptions {
         listen: http.listen,
         token: http.token.clone(),
+        tls: http.tls.clone(),
         max_body: http.max_body,
         body_bytes: settings.limits.ingest_bytes,
         timeout: http.timeout,

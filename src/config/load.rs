@@ -84,6 +84,8 @@ pub struct Loaded {
     pub settings: Settings,
     /// The file that was read; `None` where there was none.
     pub file: Option<PathBuf>,
+    /// What holds, and is perhaps not meant.
+    pub warnings: Vec<ConfigError>,
     pub(super) tree: Tree,
 }
 
@@ -131,10 +133,11 @@ pub fn load(inputs: &Inputs) -> Result<Loaded, ConfigErrors> {
 
     let mut broken = Vec::new();
     let raw = deserialize(&tree, &mut errors, &mut broken);
-    let mut check = validate::Check { tree: &tree, inputs, broken, errors };
+    let mut check = validate::Check { tree: &tree, inputs, broken, errors, warnings: Vec::new() };
     let settings = check.settings(&raw);
     if check.errors.is_empty() {
-        Ok(Loaded { settings, file: file_read, tree })
+        let warnings = check.warnings;
+        Ok(Loaded { settings, file: file_read, warnings, tree })
     } else {
         Err(ConfigErrors(check.errors))
     }

@@ -55,6 +55,21 @@ pub(super) struct RawStore {
     /// Postgres: connections at most.
     #[schemars(extend("default" = 10))]
     pub(super) max_connections: Option<u32>,
+    /// Postgres: TLS with the server's certificate verified (`sslmode=verify-full`), or nothing.
+    pub(super) tls: Option<RawStoreTls>,
+}
+
+/// TLS towards Postgres.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[schemars(rename = "StoreTls")]
+pub(super) struct RawStoreTls {
+    /// A private certificate authority (PEM), in addition to the system's.
+    pub(super) ca_file: Option<PathBuf>,
+    /// A client certificate (PEM), with `key_file`.
+    pub(super) cert_file: Option<PathBuf>,
+    /// Its private key (PEM).
+    pub(super) key_file: Option<PathBuf>,
 }
 
 /// The HTTP server.
@@ -82,6 +97,21 @@ pub(super) struct RawHttp {
     /// Connections at most; further ones wait.
     #[schemars(extend("default" = 1024))]
     pub(super) max_connections: Option<usize>,
+    /// HTTPS in place of HTTP. Renewed files are picked up.
+    pub(super) tls: Option<RawHttpTls>,
+}
+
+/// TLS of the HTTP server.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[schemars(rename = "HttpTls")]
+pub(super) struct RawHttpTls {
+    /// The certificate, and those between it and its authority (PEM). Required.
+    pub(super) cert_file: Option<PathBuf>,
+    /// Its private key (PEM). Required.
+    pub(super) key_file: Option<PathBuf>,
+    /// Clients must show a certificate that this authority has signed (PEM).
+    pub(super) client_ca_file: Option<PathBuf>,
 }
 
 /// Bounds.
@@ -135,8 +165,7 @@ pub(super) struct RawTransport {
     /// Where it is: `nats://host:4222` or `tls://…` (several with commas), `amqp://user:password@
     /// host:5672/vhost` or `amqps://…`, `https://host/path`. Required, except for `memory`.
     pub(super) url: Option<SecretText>,
-    /// A file that holds the URL (for nats read at start only). Credential:
-    /// `transports.NAME.url`.
+    /// A file that holds the URL. Credential: `transports.NAME.url`.
     pub(super) url_file: Option<PathBuf>,
     /// nats: user name.
     pub(super) user: Option<String>,

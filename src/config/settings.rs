@@ -15,6 +15,7 @@ use crate::{
     handler::{forward::ForwardFormat, search::SearchOptions},
     secret::Secret,
     telemetry::LogSettings,
+    tls::{ServerTlsOptions, TlsOptions},
     transport::{amqp::AmqpOptions, http::WebhookOptions, nats::NatsOptions},
 };
 
@@ -62,6 +63,8 @@ pub enum StoreSettings {
         url: Secret,
         /// Connections at most. Default 10.
         max_connections: u32,
+        /// Verified TLS, or no connection; `None`: as the URL's `sslmode` says.
+        tls: Option<TlsOptions>,
     },
     /// In memory: gone at exit.
     Memory,
@@ -76,6 +79,8 @@ pub struct HttpSettings {
     pub listen: SocketAddr,
     /// What clients must present as `Authorization: Bearer`; `None`: nothing.
     pub token: Option<Secret>,
+    /// Certificate and key for HTTPS; `None`: plain HTTP.
+    pub tls: Option<ServerTlsOptions>,
     /// Largest request body, in bytes. Default 16 MiB.
     pub max_body: usize,
     /// How long a request may take to arrive and be answered, streams apart. Default 30 s.

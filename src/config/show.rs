@@ -35,9 +35,10 @@ pub(super) fn show(settings: &Settings, tree: &Tree) -> String {
         StoreSettings::Sqlite { path } => {
             page.line(&["store"], "url", format!("sqlite:{}", page.in_data_dir(path)));
         }
-        StoreSettings::Postgres { url, max_connections } => {
+        StoreSettings::Postgres { url, max_connections, tls } => {
             page.url(&["store"], url);
             page.line(&["store"], "max_connections", i64::from(*max_connections));
+            page.tls(&["store", "tls"], tls.as_ref(), false);
         }
         StoreSettings::Memory => page.line(&["store"], "url", "memory:"),
     }
@@ -50,6 +51,14 @@ pub(super) fn show(settings: &Settings, tree: &Tree) -> String {
     page.line(&["http"], "max_body", size(http.max_body));
     page.line(&["http"], "timeout", span(http.timeout));
     page.line(&["http"], "max_connections", count(http.max_connections));
+
+    if let Some(tls) = &http.tls {
+        let table = ["http", "tls"];
+        page.table(&table);
+        page.line(&table, "cert_file", path(&tls.cert_file));
+        page.line(&table, "key_file", path(&tls.key_file));
+        page.some(&table, "client_ca_file", tls.client_ca_file.as_deref().map(path));
+    }
 
     page.table(&["limits"]);
     page.line(&["limits"], "max_event_bytes", size(settings.limits.max_event_bytes));
@@ -144,15 +153,14 @@ impl Page<'_> {
         }
     }
 
-    fn tls(&mut self, name: &str, tls: Option<&TlsOptions>, nats: bool) {
+    fn tls(&mut self, table: &[&str], tls: Option<&TlsOptions>, nats: bool) {
         let Some(tls) = tls else { return };
-        let table = ["transports", name, "tls"];
-        self.table(&table);
-        self.some(&table, "ca_file", tls.ca_file.as_deref().map(path));
-        self.some(&table, "cert_file", tls.cert_file.as_deref().map(path));
-        self.some(&table, "key_file", tls.key_file.as_deref().map(path));
+        self.table(table);
+        self.some(table, "ca_file", tls.ca_file.as_deref().map(path));
+        self.some(table, "cert_file", tls.cert_file.as_deref().map(path));
+        self.some(table, "key_file", tls.key_file.as_deref().map(path));
         if nats {
-            self.line(&table, "first", tls.first);
+            self.line(table, "first", tls.first);
         }
     }
 
@@ -162,8 +170,10 @@ impl Page<'_> {
         self.line(&table, "kind", transport.kind());
         match transport {
             TransportSettings::Nats(nats) => {
-                // The login has been taken out of it.
-                self.line(&table, "url", nats.url.as_str());
+                match &nats.url {
+                    Secret::Inline(urls) => self.line(&table, "url", redact_servers(urls)),
+                    Secret::File(file) => self.secret_file(&table, "url", file),
+                }
                 self.some(&table, "user", nats.user.as_deref());
                 self.secret(&table, "password", nats.password.as_ref());
                 self.secret(&table, "token", nats.token.as_ref());
@@ -173,14 +183,14 @@ impl Page<'_> {
                 }
                 self.some(&table, "domain", nats.domain.as_deref());
                 self.line(&table, "timeout", span(nats.timeout));
-                self.tls(name, nats.tls.as_ref(), true);
+                self.tls(&["transports", name, "tls"], nats.tls.as_ref(), true);
             }
             TransportSettings::Amqp(amqp) => {
                 self.url(&table, &amqp.url);
                 self.secret(&table, "password", amqp.password.as_ref());
                 self.line(&table, "timeout", span(amqp.timeout));
                 self.line(&table, "heartbeat", span(amqp.heartbeat));
-                self.tls(name, amqp.tls.as_ref(), false);
+                self.tls(&["transports", name, "tls"], amqp.tls.as_ref(), false);
             }
             TransportSettings::Http(webhook) => {
                 self.url(&table, &webhook.url);
@@ -189,7 +199,7 @@ impl Page<'_> {
                 self.line(&table, "timeout", span(webhook.timeout));
                 self.line(&table, "batch", count(webhook.batch));
                 self.line(&table, "refuse_private", webhook.refuse_private);
-                self.tls(name, webhook.tls.as_ref(), false);
+                self.tls(&["transports", name, "tls"], webhook.tls.as_ref(), false);
             }
             TransportSettings::Memory => {}
         }
@@ -387,10 +397,27 @@ fn exprs(exprs: &[Expr]) -> Vec<String> {
         .collect()
 }
 
+/// The same for the servers of NATS, which may stand without a scheme.
+fn redact_servers(urls: &str) -> String {
+    let one = |url: &str| match url.trim() {
+        url if url.contains("://") => redact(url),
+        url => redact(&format!("nats://{url}")),
+    };
+    urls.split(',').map(one).collect::<Vec<_>>().join(",")
+}
+
 /// A URL without what may be secret in it: the password, the query, and for the web the path,
 /// which in many webhooks is the secret. What is not understood is left out altogether.
 fn redact(url: &str) -> String {
     let Ok(mut url) = Url::parse(url.trim()) else { return REDACTED.to_owned() };
+    // NATS: what stands alone before the host is a token.
+    if matches!(url.scheme(), "nats" | "tls")
+        && url.password().is_none()
+        && !url.username().is_empty()
+        && url.set_username(REDACTED).is_err()
+    {
+        return REDACTED.to_owned();
+    }
     if url.password().is_some() && url.set_password(Some(REDACTED)).is_err() {
         return REDACTED.to_owned();
     }

@@ -14,7 +14,14 @@ use super::error::ConfigError;
 const PREFIX: &str = "PULSEBUS_";
 
 /// Variables of that prefix which are for the command line and hold no value of the file.
-const RESERVED: &[&str] = &["PULSEBUS_CONFIG", "PULSEBUS_URL", "PULSEBUS_TOKEN_FILE"];
+const RESERVED: &[&str] = &[
+    "PULSEBUS_CONFIG",
+    "PULSEBUS_URL",
+    "PULSEBUS_TOKEN_FILE",
+    "PULSEBUS_CA_FILE",
+    "PULSEBUS_CERT_FILE",
+    "PULSEBUS_KEY_FILE",
+];
 
 /// Which layer a value came from; later ones win.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

@@ -28,7 +28,7 @@ use sqlx::{
     AssertSqlSafe, ConnectOptions as _, Connection as _, PgConnection, PgPool, Postgres, Row as _,
     SqlSafeStr as _,
     migrate::{MigrateError, Migration, MigrationType, Migrator},
-    postgres::{PgBindIterExt as _, PgConnectOptions, PgListener, PgPoolOptions, PgRow},
+    postgres::{PgBindIterExt as _, PgConnectOptions, PgListener, PgPoolOptions, PgRow, PgSslMode},
 };
 use time::OffsetDateTime;
 use tokio::sync::Mutex;
@@ -44,6 +44,7 @@ use crate::{
     event::{Event, Position, StoredEvent},
     secret::Secret,
     store::admit::Held,
+    tls::TlsOptions,
     transport::{Mark, Receipt},
 };
 use error::{Class, class};
@@ -59,6 +60,9 @@ const POLL: Duration = Duration::from_secs(1);
 pub struct PostgresOptions {
     /// `postgres://user:password@host:port/database?sslmode=…`.
     pub url: Secret,
+    /// Verified TLS, or no connection: `sslmode=verify-full`, whatever the URL says. `None`
+    /// (default): as the URL says.
+    pub tls: Option<TlsOptions>,
     /// Connections for reading; one more writes. Default 8, at least 2.
     pub max_connections: u32,
     /// How long to wait for a connection. Default 10 s.
@@ -73,6 +77,7 @@ impl PostgresOptions {
     pub const fn new(url: Secret) -> Self {
         Self {
             url,
+            tls: None,
             max_connections: 8,
             connect_timeout: Duration::from_secs(10),
             timeout: Duration::from_secs(30),
@@ -83,6 +88,7 @@ impl PostgresOptions {
         let url = self.url.read().map_err(|error| {
             StoreError::misconfigured(format_args!("the URL of the store: {error}"))
         })?;
+        let url = url.trim();
         if !(url.starts_with("postgres://") || url.starts_with("postgresql://")) {
             return Err(StoreError::misconfigured(
                 "the URL of the store must begin with postgres:// or postgresql://",
@@ -96,7 +102,17 @@ impl PostgresOptions {
                  the password percent-encoded",
             )
         })?;
-        Ok(options.application_name("pulsebus").disable_statement_logging())
+        let mut options = options.application_name("pulsebus").disable_statement_logging();
+        if let Some(tls) = &self.tls {
+            options = options.ssl_mode(PgSslMode::VerifyFull);
+            if let Some(ca) = &tls.ca_file {
+                options = options.ssl_root_cert(ca);
+            }
+            if let (Some(certificate), Some(key)) = (&tls.cert_file, &tls.key_file) {
+                options = options.ssl_client_cert(certificate).ssl_client_key(key);
+            }
+        }
+        Ok(options)
     }
 }
 
@@ -166,11 +182,18 @@ impl PostgresStore {
                 self.readers.set_connect_options(options);
                 Ok(connection)
             }
-            Ok(Err(error)) => Err(error::opening(&error, &self.place)),
+            Ok(Err(error)) => Err(error::opening(&error, &self.place, self.options.tls.as_ref())),
             Err(_) => Err(StoreError::unavailable(format_args!(
                 "no connection to {} within {:?}",
                 self.place, self.options.connect_timeout
             ))),
+        }
+    }
+
+    /// Has the connections that are made from now on use the URL as it is now.
+    fn refresh(&self) {
+        if let Ok(options) = self.options.parse() {
+            self.readers.set_connect_options(options);
         }
     }
 
@@ -216,10 +239,16 @@ impl PostgresStore {
             Ok(Ok(value)) => Ok(value),
             Ok(Err(Failed::Store(error))) => Err(error),
             Ok(Err(Failed::Database(error))) => match class(&error) {
-                Class::Store(error) => Err(self.fatal(error)),
+                Class::Store(error) => {
+                    self.refresh();
+                    Err(self.fatal(error))
+                }
                 Class::Refused(reason) => Err(StoreError::unavailable(reason)),
             },
-            Err(_) => Err(self.silent(patience)),
+            Err(_) => {
+                self.refresh();
+                Err(self.silent(patience))
+            }
         }
     }
 
@@ -408,6 +437,8 @@ impl PostgresStore {
     async fn notified(&self) -> Result<u64, sqlx::Error> {
         let mut slot = self.listener.lock().await;
         let Some(listener) = slot.as_mut() else {
+            // Read anew, so that a rotated password is picked up.
+            self.refresh();
             let mut listener = PgListener::connect_with(&self.readers).await?;
             listener.listen(sql::CHANNEL).await?;
             *slot = Some(listener);

@@ -16,6 +16,7 @@ const EDGES: &[(&str, &str, &str)] = &[
     ("store", "transport", "`Receipt` and `Mark`: what a commit says to whoever settles"),
     ("store", "retry", "how soon a store that is away is tried again"),
     ("store", "secret", "the database's URL holds a password"),
+    ("store", "tls", "and it may want certificates"),
     ("store", "telemetry", "commits are counted"),
     ("transport", "event", "`Message`: what a delivery carries"),
     ("transport", "secret", "brokers want passwords"),
@@ -53,6 +54,7 @@ const EDGES: &[(&str, &str, &str)] = &[
     ("api", "event", "events are shown"),
     ("api", "handler", "the search handler answers queries"),
     ("api", "secret", "the token"),
+    ("api", "tls", "its certificate"),
     ("api", "store", "the log is read, and its errors become problems"),
     ("api", "transport", "posted events go through the http transport"),
     ("cli", "api", "`run` serves it"),
@@ -60,6 +62,7 @@ const EDGES: &[(&str, &str, &str)] = &[
     ("cli", "config", "every command reads it"),
     ("cli", "event", "`publish --transport` sends headers"),
     ("cli", "secret", "the token of the daemon it talks to"),
+    ("cli", "tls", "whom it trusts to be that daemon"),
     ("cli", "telemetry", "`run` sets up the log"),
     ("cli", "transport", "`publish --transport` publishes through the trait"),
 ];

@@ -309,7 +309,7 @@ struct Nats {
 impl Nats {
     async fn new() -> Self {
         let server = NatsServer::start();
-        let options = NatsOptions { url: server.url(), ..NatsOptions::default() };
+        let options = NatsOptions { url: Secret::Inline(server.url()), ..NatsOptions::default() };
         let context = server.jetstream().await;
         Self { context, transport: Arc::new(NatsTransport::new(options)), _server: server }
     }
@@ -545,4 +545,62 @@ async fn G9_amqp_to_http_to_amqp_is_identical_in_type() {
     rabbit.publish("first", &messages).await;
     assert_same(&messages, &rabbit.take("last", MESSAGES).await);
     hop.end().await;
+}
+
+/// What GitHub really sends, each as it might be written, from NATS to RabbitMQ to NATS.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn G9_real_webhook_payloads_there_and_back_are_identical() {
+    let examples = std::env::var("TEST_PULSEBUS_WEBHOOKS").expect(
+        "TEST_PULSEBUS_WEBHOOKS: run the tests by tests/run, which fetches @octokit/webhooks-examples",
+    );
+    let file = std::path::Path::new(&examples).join("api.github.com/index.json");
+    let events: Vec<Value> = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
+    let mut messages: Vec<(Lines, String)> = Vec::new();
+    let mut expected = BTreeMap::new();
+    for event in &events {
+        let kind = event["name"].as_str().unwrap();
+        for example in event["examples"].as_array().unwrap() {
+            let bodies = [
+                example.to_string(),
+                serde_json::to_string_pretty(example).unwrap(),
+                // As others escape it, with white space around.
+                format!(" {}\r\n", example.to_string().replace('/', "\\/")),
+            ];
+            for body in bodies {
+                // A body's own id is the event's, and a second one of it would be a copy.
+                let id = match example["id"].as_u64() {
+                    Some(id) => id.to_string(),
+                    None => format!("m-{}", messages.len()),
+                };
+                if expected.contains_key(&id) {
+                    continue;
+                }
+                let headers = [
+                    ("Content-Type", "application/json"),
+                    ("X-GitHub-Delivery", "0b989ba4-242f-11e5-81e1-c7b6966d2516"),
+                    ("X-GitHub-Event", kind),
+                    ("X-Hub-Signature-256", "sha256=d57c68ca6f92289e6987922ff26938930f6e66a2"),
+                ];
+                let headers: Lines = headers.map(|(n, v)| (n.into(), v.into())).to_vec();
+                expected.insert(id, (headers.clone(), body.clone().into_bytes()));
+                messages.push((headers, body));
+            }
+        }
+    }
+    let count = messages.len();
+    assert!(count > 900, "only {count}");
+    let (rabbit, nats) = (Rabbit::new().await, Nats::new().await);
+    for stream in ["first", "last"] {
+        nats.stream(stream).await;
+    }
+    rabbit.queue("middle").await;
+    let there = Hop::new(nats.source("first"), rabbit.sink("middle")).await;
+    let back = Hop::new(rabbit.source("middle"), nats.sink("last")).await;
+    nats.publish("first", &messages).await;
+    let taken = nats.take("last", count).await;
+    for (id, message) in &expected {
+        assert_eq!(taken.get(id), Some(message), "{id}");
+    }
+    there.end().await;
+    back.end().await;
 }

@@ -15,12 +15,14 @@
 
 mod amqp;
 mod bad_input;
+mod bridge;
 mod cli;
 mod cli_redrive;
 #[path = "../conformance/mod.rs"]
 mod conformance;
 #[path = "../corpus/mod.rs"]
 mod corpus;
+mod credentials;
 mod direction;
 mod dispatch;
 mod e2e;
@@ -39,6 +41,7 @@ mod rebuild;
 mod redrive;
 mod store;
 mod support;
+mod tls;
 mod turns;
 mod webhook;
 mod webhook_daemon;

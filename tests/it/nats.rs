@@ -12,6 +12,7 @@ use bytes::Bytes;
 use futures_util::StreamExt as _;
 use pulsebus::{
     event::Headers,
+    secret::Secret,
     transport::{
         Mark, Outbound, Reporter, Room, SourceSpec, SourceState, Transport, TransportError,
         nats::{NatsOptions, NatsSource, NatsStreamCreate, NatsTransport},
@@ -66,7 +67,10 @@ struct Nats<K> {
 }
 
 fn options(port: u16) -> NatsOptions {
-    NatsOptions { url: format!("nats://127.0.0.1:{port}"), ..NatsOptions::default() }
+    NatsOptions {
+        url: Secret::Inline(format!("nats://127.0.0.1:{port}")),
+        ..NatsOptions::default()
+    }
 }
 
 fn source_of(params: &NatsSource, address: &str) -> Source {
@@ -658,7 +662,7 @@ async fn credentials_are_read_anew_and_never_shown() {
     std::fs::write(&file, "wr0ng\n").unwrap();
     let transport = NatsTransport::new(NatsOptions {
         user: Some("pulse".into()),
-        password: Some(pulsebus::secret::Secret::File(file.clone())),
+        password: Some(Secret::File(file.clone())),
         ..options(server.port())
     });
     let create = NatsStreamCreate {
@@ -676,12 +680,13 @@ async fn credentials_are_read_anew_and_never_shown() {
     try_open(&transport, &params).await.unwrap();
 
     let url = format!("nats://pulse:s3cret@127.0.0.1:{}", server.port());
-    let by_url = NatsTransport::new(NatsOptions { url, ..NatsOptions::default() });
+    let by_url =
+        NatsTransport::new(NatsOptions { url: Secret::Inline(url), ..NatsOptions::default() });
     try_open(&by_url, &params).await.unwrap();
     assert!(!format!("{by_url:?}").contains("s3cret"));
 
     let gone = NatsTransport::new(NatsOptions {
-        url: "nats://pulse:s3cret@127.0.0.1:1".into(),
+        url: Secret::Inline("nats://pulse:s3cret@127.0.0.1:1".into()),
         ..NatsOptions::default()
     });
     let error = try_open(&gone, &params).await.unwrap_err();

@@ -138,7 +138,8 @@ fn the_schema_says_the_defaults_the_code_has() {
     let schema = schema();
     let mut text = String::new();
     for (table, properties) in tables(&schema) {
-        if table.contains('*') {
+        // Where there is a `tls` table, there is TLS, which has no default.
+        if table.contains('*') || table.ends_with(".tls") {
             continue;
         }
         if !table.is_empty() {

@@ -289,6 +289,11 @@ fn each_rule_names_the_key_and_what_to_do() {
             "transports.t.tls.first",
             "RabbitMQ",
         ),
+        (
+            "transports.t = { kind = \"amqp\", url = \"amqps://h?auth_mechanism=external\" }",
+            "transports.t.url",
+            "tls.cert_file",
+        ),
         ("transports.t = { kind = \"http\", url = \"ftp://h\" }", "transports.t.url", "https://"),
         (
             "transports.t = { kind = \"http\", url = \"http://10.0.0.1/\", refuse_private = true }",
@@ -669,23 +674,25 @@ fn without_order_a_dead_letter_holds_nobody_up() {
 }
 
 #[test]
-fn the_login_of_a_nats_url_becomes_its_own_setting() {
-    for (url, login) in [
-        ("nats://u%40x:p%2fw@a:4222, nats://b:4222", Some("u@x:p/w")),
-        ("tls://tok@a", Some("tok")),
-        ("a:4222,b", None),
+fn the_login_of_a_nats_url_is_kept_and_not_shown() {
+    for (url, shown) in [
+        ("nats://u%40x:p%2fw@a:4222, nats://b:4222", "nats://u%40x:…@a:4222,nats://b:4222"),
+        ("tls://tok@a", "tls://…@a"),
+        ("a:4222,b", "nats://a:4222,nats://b"),
+        ("u:p@a:4222", "nats://u:…@a:4222"),
     ] {
         let given = Given::file(&format!("transports.n = {{ kind = \"nats\", url = \"{url}\" }}"));
-        let settings = given.loaded().settings;
-        let TransportSettings::Nats(nats) = &settings.transports["n"] else { panic!() };
-        assert!(!nats.url.contains('@'), "{}", nats.url);
-        let read =
-            |secret: &Option<crate::secret::Secret>| secret.as_ref().map(|s| s.read().unwrap());
-        let found = match (&nats.user, read(&nats.password), read(&nats.token)) {
-            (Some(user), Some(password), None) => Some(format!("{user}:{password}")),
-            (None, None, token) => token,
-            other => panic!("{other:?}"),
-        };
-        assert_eq!(found.as_deref(), login);
+        let loaded = given.loaded();
+        let TransportSettings::Nats(nats) = &loaded.settings.transports["n"] else { panic!() };
+        assert_eq!(nats.url.read().unwrap(), url);
+        assert!(loaded.show().contains(&format!("url = \"{shown}\"")), "{}", loaded.show());
     }
+    // A password beside it takes the place of the one in it, or makes a user of a token.
+    for url in ["nats://u:p@a", "nats://u@a"] {
+        let text =
+            format!("transports.n = {{ kind = \"nats\", url = \"{url}\", password = \"q\" }}");
+        Given::file(&text).loaded();
+    }
+    let text = "transports.n = { kind = \"nats\", url = \"nats://t@a\", nkey = \"SUA\" }";
+    assert!(Given::file(text).errors()[0].contains("several ways"));
 }

@@ -21,7 +21,7 @@ use super::{
     text::{SecretText, Size, Span},
     tree::{Tree, key_text},
 };
-use crate::secret::Secret;
+use crate::{secret::Secret, tls::TlsOptions};
 
 /// Checks values and gathers what is wrong. Where something is, a stand-in goes on, so that the
 /// rest is checked too; settings made with errors are never handed out.
@@ -31,6 +31,8 @@ pub(super) struct Check<'a> {
     /// Values that were taken out because they do not even fit their type.
     pub(super) broken: Vec<Vec<String>>,
     pub(super) errors: Vec<ConfigError>,
+    /// What holds, and is perhaps not meant.
+    pub(super) warnings: Vec<ConfigError>,
 }
 
 impl Check<'_> {
@@ -74,6 +76,15 @@ impl Check<'_> {
     /// Notes what is wrong with a key.
     fn wrong(&mut self, path: &[&str], problem: impl Into<String>) {
         self.errors.push(ConfigError {
+            origin: self.tree.origin(path),
+            key: key_text(path),
+            problem: problem.into(),
+        });
+    }
+
+    /// Notes what is perhaps not meant.
+    fn doubt(&mut self, path: &[&str], problem: impl Into<String>) {
+        self.warnings.push(ConfigError {
             origin: self.tree.origin(path),
             key: key_text(path),
             problem: problem.into(),
@@ -246,6 +257,38 @@ impl Check<'_> {
             self.wrong(path, format!("cannot read {}: {error}", file.display()));
         }
         Some(file.clone())
+    }
+
+    /// TLS as a client, of the table at `path`; the files are read, and must fit each other.
+    fn client_tls(
+        &mut self,
+        path: &[&str],
+        ca_file: Option<&PathBuf>,
+        cert_file: Option<&PathBuf>,
+        key_file: Option<&PathBuf>,
+    ) -> TlsOptions {
+        let before = self.errors.len();
+        let mut file = |name: &str, file: Option<&PathBuf>| {
+            let path: Vec<_> = path.iter().copied().chain([name]).collect();
+            self.existing_file(&path, file)
+        };
+        let options = TlsOptions {
+            ca_file: file("ca_file", ca_file),
+            cert_file: file("cert_file", cert_file),
+            key_file: file("key_file", key_file),
+            first: false,
+        };
+        if cert_file.is_some() != key_file.is_some() {
+            let lack = if cert_file.is_some() { "key_file" } else { "cert_file" };
+            let path: Vec<_> = path.iter().copied().chain([lack]).collect();
+            self.missing(&path, "a client certificate needs both cert_file and key_file");
+        }
+        if self.errors.len() == before
+            && let Err(error) = crate::tls::client_config(&options)
+        {
+            self.wrong(path, error.to_string());
+        }
+        options
     }
 
     /// Whether a name is among those configured; says so where it is not.

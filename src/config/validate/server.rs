@@ -1,7 +1,7 @@
 //! `[store]`, `[http]`, `[limits]`, `[log]`.
 
 use std::{
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -12,11 +12,12 @@ use url::Url;
 use super::Check;
 use crate::{
     config::{
-        raw::{RawHttp, RawLimits, RawLog, RawLogFormat, RawStore},
+        raw::{RawHttp, RawHttpTls, RawLimits, RawLog, RawLogFormat, RawStore},
         settings::{DEFAULT_LISTEN, HttpSettings, Limits, StoreSettings},
     },
     secret::Secret,
     telemetry::{LogFormat, LogSettings},
+    tls::{ServerTlsOptions, TlsOptions, server_config},
 };
 
 const KIB: usize = 1 << 10;
@@ -54,6 +55,7 @@ impl Check<'_> {
             // Said already.
             return in_data_dir("events.db");
         }
+        let mut tls = None;
         match Url::parse(url) {
             Ok(parsed) if matches!(parsed.scheme(), "postgres" | "postgresql") => {
                 if parsed.path().trim_start_matches('/').is_empty()
@@ -64,6 +66,7 @@ impl Check<'_> {
                         "names no database: write postgres://user:password@host/database",
                     );
                 }
+                tls = self.store_tls(raw, &parsed);
             }
             _ => self.wrong(
                 &path,
@@ -77,7 +80,47 @@ impl Check<'_> {
             // The lease, the listener, the writer and one reader.
             4..=1_000,
         );
-        StoreSettings::Postgres { url: secret, max_connections }
+        StoreSettings::Postgres { url: secret, max_connections, tls }
+    }
+
+    /// TLS towards Postgres, of which the URL may say less than is good.
+    fn store_tls(&mut self, raw: &RawStore, url: &Url) -> Option<TlsOptions> {
+        let value = |names: &[&str]| {
+            let mut pairs = url.query_pairs();
+            pairs.find(|(key, _)| names.contains(&&**key)).map(|(_, value)| value.into_owned())
+        };
+        let mode = value(&["sslmode", "ssl-mode"]);
+        let Some(tls) = &raw.tls else {
+            let host = value(&["host", "hostaddr"])
+                .or_else(|| url.host_str().map(str::to_owned))
+                .unwrap_or_default();
+            let environment = self.inputs.variable("PGSSLMODE").is_some();
+            if mode.is_none() && !environment && !is_here(&host) {
+                self.doubt(
+                    &["store", "url"],
+                    "has no sslmode: the connection is encrypted only where the server offers \
+                     it, and with whoever answers; add ?sslmode=verify-full or set store.tls, or \
+                     sslmode=disable where the network may be trusted",
+                );
+            }
+            return None;
+        };
+        if let Some(mode) = mode.filter(|mode| mode != "verify-full") {
+            self.wrong(
+                &["store", "tls"],
+                format!(
+                    "means sslmode=verify-full, and the URL says {}; take sslmode out of it",
+                    // Anything may stand there, a secret in the wrong place too.
+                    match mode.as_str() {
+                        known @ ("disable" | "allow" | "prefer" | "require" | "verify-ca") => known,
+                        _ => "something else",
+                    }
+                ),
+            );
+        }
+        let path = ["store", "tls"];
+        let files = (tls.ca_file.as_ref(), tls.cert_file.as_ref(), tls.key_file.as_ref());
+        Some(self.client_tls(&path, files.0, files.1, files.2))
     }
 
     fn without_connections(&mut self, raw: &RawStore, store: StoreSettings) -> StoreSettings {
@@ -86,6 +129,9 @@ impl Check<'_> {
                 &["store", "max_connections"],
                 "means nothing without Postgres; take it out",
             );
+        }
+        if raw.tls.is_some() {
+            self.wrong(&["store", "tls"], "means nothing without Postgres; take it out");
         }
         store
     }
@@ -118,6 +164,7 @@ impl Check<'_> {
             enabled,
             listen,
             token,
+            tls: raw.tls.as_ref().map(|tls| self.http_tls(tls)),
             max_body: self.size(&["http", "max_body"], raw.max_body, 16 * MIB, KIB..=GIB),
             timeout: self.span(&["http", "timeout"], raw.timeout, Duration::from_secs(30)),
             max_connections: self.number(
@@ -127,6 +174,29 @@ impl Check<'_> {
                 1..=1_000_000,
             ),
         }
+    }
+
+    fn http_tls(&mut self, raw: &RawHttpTls) -> ServerTlsOptions {
+        let before = self.errors.len();
+        for (key, file) in [("cert_file", &raw.cert_file), ("key_file", &raw.key_file)] {
+            if file.is_none() {
+                self.missing(&["http", "tls", key], "HTTPS needs both cert_file and key_file");
+            }
+        }
+        let mut file = |key: &str, file: &Option<PathBuf>| {
+            self.existing_file(&["http", "tls", key], file.as_ref())
+        };
+        let options = ServerTlsOptions {
+            cert_file: file("cert_file", &raw.cert_file).unwrap_or_default(),
+            key_file: file("key_file", &raw.key_file).unwrap_or_default(),
+            client_ca_file: file("client_ca_file", &raw.client_ca_file),
+        };
+        if self.errors.len() == before
+            && let Err(error) = server_config(&options)
+        {
+            self.wrong(&["http", "tls"], error.to_string());
+        }
+        options
     }
 
     fn listen(&mut self, text: &str) -> SocketAddr {
@@ -193,6 +263,16 @@ impl Check<'_> {
             },
         }
     }
+}
+
+/// Whether a host of Postgres is this machine: a folder of sockets, loopback, or the default.
+fn is_here(host: &str) -> bool {
+    let name = host.trim_start_matches('[').trim_end_matches(']');
+    name.is_empty()
+        || name.starts_with('/')
+        || name.to_ascii_lowercase().starts_with("%2f")
+        || name.eq_ignore_ascii_case("localhost")
+        || name.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
 }
 
 /// Where the index of a search handler is, unless told otherwise.

@@ -106,10 +106,10 @@ impl Check<'_> {
 
     fn nats(&mut self, name: &str, raw: &RawTransport) -> NatsOptions {
         let table = ["transports", name];
-        let (_, url) = self.url(name, raw, "nats://127.0.0.1:4222");
-        let servers = self.nats_servers(name, url.as_deref().unwrap_or_default());
+        let (url, text) = self.url(name, raw, "nats://127.0.0.1:4222");
+        let login = self.nats_servers(name, text.as_deref().unwrap_or_default());
         let mut options = NatsOptions {
-            url: servers.url,
+            url,
             credentials_file: None,
             nkey: self.secret(&table, "nkey", raw.nkey.as_ref(), raw.nkey_file.as_ref()),
             token: self.secret(&table, "token", raw.token.as_ref(), raw.token_file.as_ref()),
@@ -134,23 +134,16 @@ impl Check<'_> {
                 Some(Secret::File(path)) => Some(path),
                 _ => None,
             });
-        // What stands in the URL gives way to the keys: that is how a secret is moved out.
-        if options.user.is_none() && options.token.is_none() {
-            match servers.login {
-                Some((user, Some(password))) => {
-                    options.user = Some(user);
-                    options.password.get_or_insert(Secret::Inline(password));
-                }
-                Some((user, None)) if options.password.is_some() => options.user = Some(user),
-                Some((token, None)) => options.token = Some(Secret::Inline(token)),
-                None => {}
-            }
-        }
+        // What stands in the URL gives way to a user or token beside it, and its password to
+        // that: so a secret is moved out.
+        let in_url = login.filter(|_| options.user.is_none() && options.token.is_none());
+        let as_user = in_url.as_ref().is_some_and(|login| login.has_password)
+            || in_url.is_some() && options.password.is_some();
         let ways = [
             ("credentials_file", options.credentials_file.is_some()),
             ("nkey", options.nkey.is_some()),
-            ("token", options.token.is_some()),
-            ("user", options.user.is_some()),
+            ("token", options.token.is_some() || in_url.is_some() && !as_user),
+            ("user", options.user.is_some() || as_user),
         ];
         let given: Vec<_> = ways.iter().filter(|way| way.1).map(|way| way.0).collect();
         if given.len() > 1 {
@@ -159,7 +152,7 @@ impl Check<'_> {
                 format!("several ways to log in ({}); keep one of them", given.join(", ")),
             );
         }
-        if options.user.is_some() != options.password.is_some() {
+        if !as_user && options.user.is_some() != options.password.is_some() {
             let (have, lack) =
                 if options.user.is_some() { ("user", "password") } else { ("password", "user") };
             self.missing(&["transports", name, lack], &format!("`{have}` is given without it"));
@@ -167,11 +160,10 @@ impl Check<'_> {
         options
     }
 
-    /// Takes the login out of the URLs, so that what is kept as text holds no secret.
-    fn nats_servers(&mut self, name: &str, text: &str) -> Servers {
+    /// Checks the servers of a list, and gives back how the first login in it is.
+    fn nats_servers(&mut self, name: &str, text: &str) -> Option<Login> {
         let path = ["transports", name, "url"];
-        let mut login = None;
-        let mut urls = Vec::new();
+        let mut login: Option<(String, Option<String>)> = None;
         for (i, server) in text.split(',').map(str::trim).filter(|s| !s.is_empty()).enumerate() {
             let server =
                 if server.contains("://") { server.to_owned() } else { format!("nats://{server}") };
@@ -179,7 +171,7 @@ impl Check<'_> {
                 matches!(url.scheme(), "nats" | "tls")
                     && url.host_str().is_some_and(|h| !h.is_empty())
             });
-            let Some(mut url) = parsed else {
+            let Some(url) = parsed else {
                 self.wrong(
                     &path,
                     format!(
@@ -191,17 +183,13 @@ impl Check<'_> {
                 continue;
             };
             let mine = (!url.username().is_empty())
-                .then(|| (decoded(url.username()), url.password().map(decoded)));
+                .then(|| (url.username().to_owned(), url.password().map(str::to_owned)));
             if i > 0 && mine.is_some() && mine != login {
                 self.wrong(&path, "the servers have different logins; give one for all of them");
             }
             login = login.or(mine);
-            // Neither fails for a URL that has a host.
-            let _ = url.set_username("");
-            let _ = url.set_password(None);
-            urls.push(url.to_string());
         }
-        Servers { url: urls.join(","), login }
+        login.map(|(_, password)| Login { has_password: password.is_some() })
     }
 
     fn amqp(&mut self, name: &str, raw: &RawTransport) -> AmqpOptions {
@@ -223,6 +211,17 @@ impl Check<'_> {
                 self.wrong(
                     &["transports", name, "tls"],
                     "the URL says amqp, which is without TLS; write amqps://, or take this out",
+                );
+            } else if Url::parse(&text).is_ok_and(|url| {
+                url.query_pairs().any(|(key, value)| {
+                    key == "auth_mechanism" && value.eq_ignore_ascii_case("external")
+                })
+            }) && raw.tls.as_ref().is_none_or(|tls| tls.cert_file.is_none())
+            {
+                self.wrong(
+                    &path,
+                    "auth_mechanism=external logs in by a client certificate: set tls.cert_file \
+                     and tls.key_file",
                 );
             }
         }
@@ -316,47 +315,16 @@ impl Check<'_> {
     ) -> Option<TlsOptions> {
         let raw = raw?;
         let table = ["transports", name, "tls"];
-        let key = |key| ["transports", name, "tls", key];
         if let Some(place) = elsewhere {
             self.only(&table, &[&["ca_file", "cert_file", "key_file"]], place);
         }
-        if raw.cert_file.is_some() != raw.key_file.is_some() {
-            let lack = if raw.cert_file.is_some() { "key_file" } else { "cert_file" };
-            self.missing(&key(lack), "a client certificate needs both cert_file and key_file");
-        }
-        Some(TlsOptions {
-            ca_file: self.existing_file(&key("ca_file"), raw.ca_file.as_ref()),
-            cert_file: self.existing_file(&key("cert_file"), raw.cert_file.as_ref()),
-            key_file: self.existing_file(&key("key_file"), raw.key_file.as_ref()),
-            first: raw.first.unwrap_or(false),
-        })
+        let files = (raw.ca_file.as_ref(), raw.cert_file.as_ref(), raw.key_file.as_ref());
+        let options = self.client_tls(&table, files.0, files.1, files.2);
+        Some(TlsOptions { first: raw.first.unwrap_or(false), ..options })
     }
 }
 
-/// The servers of a NATS URL, and the login that stood in it: a user with a password, or a
-/// token.
-struct Servers {
-    url: String,
-    login: Option<(String, Option<String>)>,
-}
-
-/// Percent-decoding, for logins in URLs.
-fn decoded(text: &str) -> String {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((&byte, tail)) = rest.split_first() {
-        let hex = |at: usize| tail.get(at).and_then(|b| char::from(*b).to_digit(16));
-        match (byte, hex(0), hex(1)) {
-            (b'%', Some(high), Some(low)) => {
-                // Two hex digits are at most 255.
-                bytes.push(u8::try_from(high * 16 + low).unwrap_or(byte));
-                rest = &tail[2..];
-            }
-            _ => {
-                bytes.push(byte);
-                rest = tail;
-            }
-        }
-    }
-    String::from_utf8_lossy(&bytes).into_owned()
+/// The login that stands in a NATS URL: a user with a password, or a token.
+struct Login {
+    has_password: bool,
 }

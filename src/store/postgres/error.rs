@@ -2,7 +2,13 @@
 
 use sqlx::postgres::{PgConnectOptions, PgDatabaseError};
 
-use crate::store::StoreError;
+use crate::{
+    store::StoreError,
+    tls::{TlsOptions, explain_with, hung_up},
+};
+
+/// How the certificate of a private authority is given.
+const CA: &str = "store.tls.ca_file, or as sslrootcert in the store's URL";
 
 /// What an error says about an append.
 #[derive(Debug)]
@@ -26,7 +32,12 @@ pub(super) fn class(error: &sqlx::Error) -> Class {
         sqlx::Error::PoolTimedOut => {
             return Class::Store(StoreError::unavailable("no connection became free in time"));
         }
-        error => return Class::Store(StoreError::unavailable(error)),
+        error => {
+            return Class::Store(match explain_with(error, CA) {
+                Some(reason) => StoreError::unavailable(reason),
+                None => StoreError::unavailable(error),
+            });
+        }
     };
     let code = database.code().unwrap_or_default();
     let message = database.message();
@@ -75,7 +86,10 @@ pub(super) fn place(options: &PgConnectOptions) -> String {
 }
 
 /// What an error means that came while connecting.
-pub(super) fn opening(error: &sqlx::Error, place: &str) -> StoreError {
+pub(super) fn opening(error: &sqlx::Error, place: &str, tls: Option<&TlsOptions>) -> StoreError {
+    if let Some(reason) = explain_with(error, CA) {
+        return StoreError::unavailable(format_args!("no TLS with {place}: {reason}"));
+    }
     if let sqlx::Error::Database(database) = error {
         let message = database.message();
         let code = database.code().unwrap_or_default();
@@ -95,12 +109,24 @@ pub(super) fn opening(error: &sqlx::Error, place: &str) -> StoreError {
         sqlx::Error::Configuration(error) => {
             StoreError::misconfigured(format_args!("cannot connect to {place}: {error}"))
         }
+        sqlx::Error::Tls(error) if error.to_string().contains("does not support TLS") => {
+            StoreError::unavailable(format_args!(
+                "no TLS with {place}: the server does not speak TLS; switch it on there (ssl = on)"
+            ))
+        }
         sqlx::Error::Tls(error) => StoreError::unavailable(format_args!(
             "no TLS with {place}: {error}; check sslmode and sslrootcert in the store's URL"
         )),
         error => match class(error) {
             Class::Store(StoreError::Unavailable(reason) | StoreError::Misconfigured(reason)) => {
-                StoreError::unavailable(format_args!("cannot connect to {place}: {reason}"))
+                match tls.and_then(|tls| hung_up(error, tls)) {
+                    Some(hint) => StoreError::unavailable(format_args!(
+                        "cannot connect to {place}: {reason}; {hint}"
+                    )),
+                    None => {
+                        StoreError::unavailable(format_args!("cannot connect to {place}: {reason}"))
+                    }
+                }
             }
             Class::Store(error @ (StoreError::Fatal(_) | StoreError::Fenced(_))) => error,
             Class::Refused(reason) => {
@@ -123,5 +149,5 @@ pub(super) fn migrating(error: &sqlx::Error, place: &str) -> StoreError {
             ));
         }
     }
-    opening(error, place)
+    opening(error, place, None)
 }

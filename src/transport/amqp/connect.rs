@@ -4,24 +4,24 @@
 //! owns it builds the next one, with a [`Backoff`].
 
 use std::{
-    fs,
     hash::{BuildHasher, RandomState},
     io,
     net::{Shutdown, TcpStream},
     os::fd::AsFd,
-    path::Path,
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use lapin::{
     Connection, ConnectionProperties, ErrorKind,
-    tcp::{AsyncTcpStream, OwnedIdentity, OwnedTLSConfig},
-    uri::{AMQPScheme, AMQPUri},
+    tcp::{AsyncTcpStream, RustlsConnector},
+    uri::{AMQPScheme, AMQPUri, SASLMechanism},
 };
+use tokio_rustls::TlsConnector;
+use url::Url;
 
 use super::AmqpOptions;
-use crate::transport::TransportError;
+use crate::{secret::Secret, tls, transport::TransportError};
 
 /// Why a connection, or what is asked for on it, is not to be had.
 #[derive(Debug, Clone)]
@@ -101,13 +101,25 @@ impl Connector {
         let url =
             self.options.url.read().map_err(|error| Failure::Unavailable(error.to_string()))?;
         // The parser's own error may quote the URL, and with it the password.
-        let mut uri: AMQPUri = url.parse().map_err(|_| {
+        let wrong = || {
             Failure::Misconfigured(
                 "the url is no AMQP address: expected amqp://user:password@host:5672/vhost, with \
                  special characters percent-encoded"
                     .to_owned(),
             )
-        })?;
+        };
+        let url = url.trim();
+        let mut uri: AMQPUri = url.parse().map_err(|_| wrong())?;
+        let url = Url::parse(url).map_err(|_| wrong())?;
+        if let Some(url::Host::Ipv6(address)) = url.host() {
+            // The parser takes only names, and would go to localhost.
+            uri.authority.host = address.to_string();
+        }
+        let certificate = self.options.tls.as_ref().is_some_and(|tls| tls.cert_file.is_some());
+        if certificate && url.username().is_empty() && uri.query.auth_mechanism.is_none() {
+            // Nobody gives a certificate in order to be `guest`, whom a URL without a user means.
+            uri.query.auth_mechanism = Some(SASLMechanism::External);
+        }
         if let Some(password) = &self.options.password {
             uri.authority.userinfo.password =
                 password.read().map_err(|error| Failure::Unavailable(error.to_string()))?;
@@ -119,31 +131,18 @@ impl Connector {
         Ok(uri)
     }
 
-    fn tls(&self) -> Result<OwnedTLSConfig, Failure> {
-        let Some(tls) = &self.options.tls else { return Ok(OwnedTLSConfig::default()) };
-        let read = |path: &Path| {
-            fs::read(path).map_err(|error| {
-                Failure::Misconfigured(format!("cannot read {}: {error}", path.display()))
-            })
-        };
-        let cert_chain = match &tls.ca_file {
-            Some(path) => Some(String::from_utf8(read(path)?).map_err(|_| {
-                Failure::Misconfigured(format!("{} is not a PEM file", path.display()))
-            })?),
-            None => None,
-        };
-        let identity = match (&tls.cert_file, &tls.key_file) {
-            (Some(cert), Some(key)) => {
-                Some(OwnedIdentity::PKCS8 { pem: read(cert)?, key: read(key)? })
+    /// What to handshake with; files are read anew, so that renewed ones are picked up.
+    fn tls(&self, scheme: &AMQPScheme) -> Result<Option<RustlsConnector>, Failure> {
+        match scheme {
+            AMQPScheme::AMQP => Ok(None),
+            AMQPScheme::AMQPS => {
+                let options = self.options.tls.clone().unwrap_or_default();
+                // Files in the middle of a rotation may not fit; the next attempt reads them again.
+                let config = tls::client_config(&options)
+                    .map_err(|error| Failure::Unavailable(error.to_string()))?;
+                Ok(Some(config.into()))
             }
-            (None, None) => None,
-            _ => {
-                return Err(Failure::Misconfigured(
-                    "a client certificate needs both cert_file and key_file".to_owned(),
-                ));
-            }
-        };
-        Ok(OwnedTLSConfig { identity, cert_chain })
+        }
     }
 
     /// Connects, within the configured time.
@@ -151,9 +150,8 @@ impl Connector {
     /// *Cancel safe*: dropped, it takes the half-made connection and the driver's thread with it.
     pub(super) async fn connect(&self, name: &str) -> Result<Link, Failure> {
         let uri = self.uri()?;
-        let tls = self.tls()?;
-        let place = format!("{}:{}", uri.authority.host, uri.authority.port);
-        let vhost = uri.vhost.clone();
+        let connector = self.tls(&uri.scheme)?;
+        let shown = uri.clone();
         let timeout = self.options.timeout;
         let runtime = lapin::runtime::default_runtime()
             .map_err(|error| Failure::Unavailable(text_of(&error)))?;
@@ -177,39 +175,100 @@ impl Connector {
                 if let AsyncTcpStream::Plain(plain) = &stream {
                     dialled.set(plain.get_ref().as_fd().try_clone_to_owned()?.into())?;
                 }
-                match uri.scheme {
-                    AMQPScheme::AMQP => Ok(stream),
-                    AMQPScheme::AMQPS => {
-                        Ok(stream.into_tls(&uri.authority.host, tls.as_ref()).await?)
+                match &connector {
+                    None => Ok(stream),
+                    Some(connector) => {
+                        Ok(stream.into_rustls(connector, &uri.authority.host).await?)
                     }
                 }
             },
             properties,
         );
-        match tokio::time::timeout(timeout, connecting).await {
+        let started = Instant::now();
+        let place = format!("{}:{}", shown.authority.host, shown.authority.port);
+        let failure = match tokio::time::timeout(timeout, connecting).await {
             Ok(Ok(connection)) => {
                 cut.disarm();
-                Ok(Link { connection, socket, timeout })
+                return Ok(Link { connection, socket, timeout });
             }
-            Ok(Err(error)) => Err(refused(&error, &place, &vhost)),
-            Err(_) => Err(Failure::Unavailable(format!(
-                "RabbitMQ at {place} did not answer within {timeout:?}"
-            ))),
+            Ok(Err(error)) if code_of(&error).is_some() => {
+                return Err(self.refused(&error, &place, &shown));
+            }
+            Ok(Err(error)) => self.broken(&error, &place, &shown.scheme),
+            Err(_) => format!("RabbitMQ at {place} did not answer within {timeout:?}"),
+        };
+        Err(Failure::Unavailable(match shown.scheme {
+            AMQPScheme::AMQP if speaks_tls(&shown, started + timeout).await => {
+                format!("{place} speaks TLS; write amqps:// in the url")
+            }
+            AMQPScheme::AMQP | AMQPScheme::AMQPS => failure,
+        }))
+    }
+
+    /// Why there is no connection where the broker has not said so.
+    fn broken(&self, error: &lapin::Error, place: &str, scheme: &AMQPScheme) -> String {
+        if let Some(reason) = tls::explain(error) {
+            return format!("no TLS with RabbitMQ at {place}: {reason}");
+        }
+        let text = text_of(error);
+        let options = self.options.tls.clone().unwrap_or_default();
+        match tls::hung_up(error, &options).filter(|_| *scheme == AMQPScheme::AMQPS) {
+            Some(hint) => format!("cannot connect to RabbitMQ at {place}: {text}; {hint}"),
+            None => format!("cannot connect to RabbitMQ at {place}: {text}"),
+        }
+    }
+
+    fn refused(&self, error: &lapin::Error, place: &str, uri: &AMQPUri) -> Failure {
+        let text = text_of(error);
+        match code_of(error) {
+            Some(code::NOT_ALLOWED) => Failure::Misconfigured(format!(
+                "RabbitMQ at {place} does not let us into virtual host `{}`: {text}",
+                uri.vhost
+            )),
+            Some(code::ACCESS_REFUSED)
+                if uri.query.auth_mechanism == Some(SASLMechanism::External) =>
+            {
+                Failure::Unavailable(format!(
+                    "RabbitMQ at {place} refuses the login by client certificate (EXTERNAL); \
+                     check that it has rabbitmq_auth_mechanism_ssl and a user of the \
+                     certificate's name: {text}"
+                ))
+            }
+            Some(code::ACCESS_REFUSED) => Failure::Unavailable(format!(
+                "RabbitMQ at {place} refuses these credentials; check user {} and {}: {text}",
+                uri.authority.userinfo.username,
+                match &self.options.password {
+                    Some(Secret::File(path)) => format!("the password in {}", path.display()),
+                    Some(Secret::Inline(_)) => "its password".to_owned(),
+                    None => "the password in the url".to_owned(),
+                }
+            )),
+            _ => Failure::Unavailable(format!("cannot connect to RabbitMQ at {place}: {text}")),
         }
     }
 }
 
-fn refused(error: &lapin::Error, place: &str, vhost: &str) -> Failure {
-    let text = text_of(error);
-    match code_of(error) {
-        Some(code::NOT_ALLOWED) => Failure::Misconfigured(format!(
-            "RabbitMQ at {place} does not let us into virtual host `{vhost}`: {text}"
-        )),
-        Some(code::ACCESS_REFUSED) => Failure::Unavailable(format!(
-            "RabbitMQ at {place} refuses these credentials; check user and password: {text}"
-        )),
-        _ => Failure::Unavailable(format!("cannot connect to RabbitMQ at {place}: {text}")),
-    }
+/// How long to look for TLS where plaintext found nothing, at least.
+const PROBE: Duration = Duration::from_secs(1);
+
+/// Whether a server answers to a TLS handshake: a reason why it does not to plaintext.
+async fn speaks_tls(uri: &AMQPUri, deadline: Instant) -> bool {
+    let Ok(config) = tls::client_config(&tls::TlsOptions::default()) else { return false };
+    let Ok(name) = uri.authority.host.clone().try_into() else { return false };
+    let address = (uri.authority.host.as_str(), uri.authority.port);
+    let shaking = async {
+        let stream = tokio::net::TcpStream::connect(address).await.ok()?;
+        match TlsConnector::from(Arc::new(config)).connect(name, stream).await {
+            Ok(_) => Some(()),
+            // Whatever is wrong with a certificate, one was shown.
+            Err(error) => match error.get_ref()?.downcast_ref::<rustls::Error>()? {
+                rustls::Error::InvalidMessage(_) => None,
+                _ => Some(()),
+            },
+        }
+    };
+    let patience = deadline.saturating_duration_since(Instant::now()).max(PROBE);
+    matches!(tokio::time::timeout(patience, shaking).await, Ok(Some(())))
 }
 
 /// A connection, open.

@@ -66,7 +66,9 @@ impl Transport for AmqpTransport {
 /// How to reach RabbitMQ.
 #[derive(Debug, Clone)]
 pub struct AmqpOptions {
-    /// `amqp://user:password@host:5672/vhost` or `amqps://…`.
+    /// `amqp://user:password@host:5672/vhost` or `amqps://…`, read at each connection. The
+    /// scheme alone says whether there is TLS. With `?auth_mechanism=external`, or with a client
+    /// certificate in `tls` and no user here, the certificate is the login (SASL EXTERNAL).
     pub url: Secret,
     /// Password, in place of the URL's.
     pub password: Option<Secret>,

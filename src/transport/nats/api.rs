@@ -5,13 +5,16 @@
 
 use std::{sync::Arc, time::Duration};
 
-use async_nats::{Client, RequestErrorKind, client::Request};
+use async_nats::{RequestErrorKind, client::Request};
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use bytes::Bytes;
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 
-use super::{NatsSource, NatsStreamCreate, connect::Fault};
+use super::{
+    NatsSource, NatsStreamCreate,
+    connect::{Fault, Live, denied},
+};
 use crate::event::{HeaderValue, Headers};
 
 const NO_MESSAGE: u16 = 10_037;
@@ -21,7 +24,7 @@ const CONSUMER_NOT_FOUND: u16 = 10_014;
 /// Requests to JetStream over one connection.
 #[derive(Debug, Clone)]
 pub(super) struct Api {
-    pub(super) client: Client,
+    pub(super) live: Live,
     prefix: Arc<str>,
     timeout: Duration,
 }
@@ -179,12 +182,12 @@ impl Failure {
 }
 
 impl Api {
-    pub(super) fn new(client: Client, domain: Option<&str>, timeout: Duration) -> Self {
+    pub(super) fn new(live: Live, domain: Option<&str>, timeout: Duration) -> Self {
         let prefix = match domain {
             Some(domain) => format!("$JS.{domain}.API").into(),
             None => "$JS.API".into(),
         };
-        Self { client, prefix, timeout }
+        Self { live, prefix, timeout }
     }
 
     /// Where a pull consumer takes its requests.
@@ -322,7 +325,16 @@ impl Api {
         };
         let subject = format!("{}.{subject}", self.prefix);
         let request = Request::new().payload(payload).timeout(Some(self.timeout));
-        let answer = self.client.send_request(subject, request).await.map_err(|error| {
+        let mut refusals = self.live.refusals();
+        let answer = tokio::select! {
+            answer = self.live.client.send_request(subject.clone(), request) => answer,
+            () = refusals.of(&subject) => {
+                return Err(Failure::Fault(Fault::Misconfigured(denied(&subject))));
+            }
+            // Also where its answers may not come to us.
+            reason = self.live.down() => return Err(away(reason)),
+        };
+        let answer = answer.map_err(|error| {
             Failure::Fault(match error.kind() {
                 RequestErrorKind::TimedOut => {
                     Fault::Silent(format!("JetStream did not answer within {:?}", self.timeout))

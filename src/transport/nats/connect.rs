@@ -5,13 +5,28 @@
 //! long as its first connection: [`Live::down`] says when that has ended, and the next call of
 //! [`Link::live`] makes a new client, with the secrets as they are then.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
-use async_nats::{Client, ConnectErrorKind, ConnectOptions, Event, ServerAddr};
-use tokio::{sync::watch, time::timeout};
+use async_nats::{
+    Client, ConnectError, ConnectErrorKind, ConnectOptions, Event, ServerAddr, ServerError,
+};
+use tokio::{
+    sync::{broadcast, watch},
+    time::timeout,
+};
 
 use super::NatsOptions;
-use crate::transport::{SourceState, TransportError};
+use crate::{
+    secret::Secret,
+    tls,
+    transport::{SourceState, TransportError},
+};
 
 /// A peer that says nothing is given up after three of these.
 const PING_INTERVAL: Duration = Duration::from_secs(2);
@@ -54,6 +69,8 @@ impl From<Fault> for TransportError {
 pub(super) struct Live {
     pub(super) client: Client,
     down: watch::Receiver<Option<Arc<str>>>,
+    refused: broadcast::Sender<Arc<str>>,
+    deaf: Arc<AtomicBool>,
 }
 
 impl Live {
@@ -67,6 +84,75 @@ impl Live {
         match self.down.clone().wait_for(Option::is_some).await {
             Ok(reason) => reason.as_deref().unwrap_or_default().to_owned(),
             Err(_) => "the connection to NATS ended".to_owned(),
+        }
+    }
+
+    /// Whether the connection ended because answers may not come to us.
+    pub(super) fn is_deaf(&self) -> bool {
+        self.deaf.load(Ordering::Relaxed)
+    }
+
+    /// What the server does not let this user publish to, from now on.
+    pub(super) fn refusals(&self) -> Refusals {
+        Refusals(self.refused.subscribe())
+    }
+}
+
+/// Subjects that the server refuses to take anything for. It does not answer such a message: it
+/// says so apart, and names nothing but the subject.
+#[derive(Debug)]
+pub(super) struct Refusals(broadcast::Receiver<Arc<str>>);
+
+impl Refusals {
+    /// Remembered for who does not look at once.
+    const MOST: usize = 1_024;
+
+    /// The next one. *Cancel safe*.
+    pub(super) async fn next(&mut self) -> Arc<str> {
+        loop {
+            match self.0.recv().await {
+                Ok(subject) => return subject,
+                Err(broadcast::error::RecvError::Lagged(_)) => {}
+                // The end of the connection is told elsewhere.
+                Err(broadcast::error::RecvError::Closed) => std::future::pending().await,
+            }
+        }
+    }
+
+    /// Waits until it is this subject.
+    pub(super) async fn of(&mut self, subject: &str) {
+        while *self.next().await != *subject {}
+    }
+}
+
+/// Why a message was not taken, and what to do about it.
+pub(super) fn denied(subject: &str) -> String {
+    format!(
+        "no permission to publish to `{subject}`: let the server's configuration allow it to \
+         this user"
+    )
+}
+
+/// What the server says it does not permit.
+#[derive(Debug, PartialEq, Eq)]
+enum Violation {
+    Publish(String),
+    Subscribe(String),
+}
+
+impl Violation {
+    /// Reads `Permissions Violation for Publish to "a.b"` and its like; the subject is quoted as
+    /// Go quotes, which for a subject is as JSON does.
+    fn parse(error: &ServerError) -> Option<Self> {
+        let ServerError::Other(text) = error else { return None };
+        let (head, _) = text.split_once('"')?;
+        let quoted = text.get(head.len()..)?;
+        let subject =
+            serde_json::Deserializer::from_str(quoted).into_iter::<String>().next()?.ok()?;
+        match head.trim_end().to_ascii_lowercase().as_str() {
+            "permissions violation for publish to" => Some(Self::Publish(subject)),
+            "permissions violation for subscription to" => Some(Self::Subscribe(subject)),
+            _ => None,
         }
     }
 }
@@ -118,7 +204,9 @@ impl Link {
     }
 
     async fn connect(&self) -> Result<Live, Fault> {
-        let mut servers = servers(&self.options.url)?;
+        // Read anew, so that a rotated one is picked up.
+        let url = self.options.url.read().map_err(|error| Fault::Away(error.to_string()))?;
+        let mut servers = servers(&url)?;
         let first = (super::random() % servers.len() as u64) as usize;
         servers.rotate_left(first);
         let mut last = String::new();
@@ -139,13 +227,36 @@ impl Link {
 
     async fn connect_to(&self, server: &Server) -> Result<Live, Fault> {
         let (sender, down) = watch::channel(None::<Arc<str>>);
+        let refused = broadcast::Sender::new(Refusals::MOST);
+        let deaf = Arc::new(AtomicBool::new(false));
+        let (told, warned, without_ears) = (refused.clone(), AtomicBool::new(false), deaf.clone());
         let options = self.client_options(server).await?.event_callback(move |event| {
             let reason: Option<Arc<str>> = match event {
                 Event::Disconnected => Some("the connection to NATS was lost".into()),
                 Event::Closed => Some("the connection to NATS was closed".into()),
                 Event::ServerError(error) => {
-                    tracing::warn!(%error, "nats-server reports an error");
-                    None
+                    let violation = Violation::parse(&error);
+                    // One for each message that it refuses may come.
+                    if violation.is_none() || !warned.swap(true, Ordering::Relaxed) {
+                        tracing::warn!(%error, "nats-server reports an error");
+                    }
+                    match violation {
+                        Some(Violation::Publish(subject)) => {
+                            // Nobody waits where everybody has gone.
+                            let _ = told.send(subject.into());
+                            None
+                        }
+                        // Only inboxes are subscribed to, and no answer will come.
+                        Some(Violation::Subscribe(subject)) => {
+                            without_ears.store(true, Ordering::Relaxed);
+                            let reason = format!(
+                                "no permission to subscribe to `{subject}`, where answers come: \
+                                 let the server's configuration allow `_INBOX.>` to this user"
+                            );
+                            Some(reason.into())
+                        }
+                        None => None,
+                    }
                 }
                 Event::SlowConsumer(_) => {
                     // A delivery was dropped: the consumer sees the gap and reads it again.
@@ -159,22 +270,17 @@ impl Link {
             }
             std::future::ready(())
         });
-        let client = options.connect(server.address.clone()).await.map_err(|error| {
-            Fault::Away(match error.kind() {
-                ConnectErrorKind::Authentication | ConnectErrorKind::AuthorizationViolation => {
-                    "the server refused the credentials".to_owned()
-                }
-                ConnectErrorKind::TimedOut => "no answer in time".to_owned(),
-                _ => error.to_string(),
-            })
-        })?;
+        let client = options
+            .connect(server.address.clone())
+            .await
+            .map_err(|error| Fault::Away(self.options.reason(server, &error)))?;
         let nowhere: ServerAddr =
             NOWHERE.parse().map_err(|_| Fault::Away("no address to retire to".to_owned()))?;
         client
             .set_server_pool(nowhere)
             .await
             .map_err(|error| Fault::Away(format!("the connection was lost at once: {error}")))?;
-        Ok(Live { client, down })
+        Ok(Live { client, down, refused, deaf })
     }
 
     async fn client_options(&self, server: &Server) -> Result<ConnectOptions, Fault> {
@@ -187,17 +293,16 @@ impl Link {
             .max_reconnects(1)
             .ignore_discovered_servers()
             .skip_subject_validation(true);
-        if let Some(tls) = &self.options.tls {
+        // Also for `nats://`: a server may insist on TLS, and is then held to the same roots.
+        let tls = self.options.tls.clone().unwrap_or_default();
+        // Files in the middle of a rotation may not fit; the next attempt reads them again.
+        let config = tls::client_config(&tls).map_err(|error| Fault::Away(error.to_string()))?;
+        options = options.tls_client_config(config);
+        if self.options.wants_tls(server) {
             options = options.require_tls(true);
-            if let Some(file) = &tls.ca_file {
-                options = options.add_root_certificates(file.clone());
-            }
-            if let (Some(cert), Some(key)) = (&tls.cert_file, &tls.key_file) {
-                options = options.add_client_certificate(cert.clone(), key.clone());
-            }
-            if tls.first {
-                options = options.tls_first();
-            }
+        }
+        if tls.first {
+            options = options.tls_first();
         }
         if let Some(path) = &self.options.credentials_file {
             let creds = tokio::fs::read_to_string(path)
@@ -221,12 +326,81 @@ impl Link {
             return Ok(options.user_and_password(user.clone(), password));
         }
         Ok(match &server.login {
-            Some((user, Some(password))) => {
-                options.user_and_password(user.clone(), password.clone())
-            }
-            Some((token, None)) => options.token(token.clone()),
+            Some((user, in_url)) => match (&self.options.password, in_url) {
+                (Some(password), _) => {
+                    options.user_and_password(user.clone(), password.read().map_err(unreadable)?)
+                }
+                (None, Some(password)) => options.user_and_password(user.clone(), password.clone()),
+                (None, None) => options.token(user.clone()),
+            },
             None => options,
         })
+    }
+}
+
+impl NatsOptions {
+    /// Whether nothing may be said in plaintext.
+    fn wants_tls(&self, server: &Server) -> bool {
+        self.tls.is_some() || server.address.tls_required()
+    }
+
+    /// Why there is no connection, in words for whoever set it up.
+    fn reason(&self, server: &Server, error: &ConnectError) -> String {
+        let first = self.tls.as_ref().is_some_and(|tls| tls.first);
+        match error.kind() {
+            ConnectErrorKind::AuthorizationViolation => {
+                format!("the server refused the credentials: {}", self.login(server))
+            }
+            ConnectErrorKind::Authentication => {
+                format!("cannot log in with {}: it is no seed of a key (SU…)", self.login(server))
+            }
+            ConnectErrorKind::TimedOut if !first => "no answer in time; a server with \
+                 handshake_first waits for tls.first = true"
+                .to_owned(),
+            ConnectErrorKind::TimedOut => "no answer in time".to_owned(),
+            _ => match tls::explain(error) {
+                Some(reason) if first => format!("{reason} (tls.first is set)"),
+                Some(reason) => reason,
+                None if self.wants_tls(server) => {
+                    let options = self.tls.clone().unwrap_or_default();
+                    match tls::hung_up(error, &options) {
+                        Some(hint) => format!("{error}; {hint}"),
+                        None => error.to_string(),
+                    }
+                }
+                None => error.to_string(),
+            },
+        }
+    }
+
+    /// Who is logged in, and where the secret stands; never the secret.
+    fn login(&self, server: &Server) -> String {
+        let at = |secret: &Secret| match secret {
+            Secret::Inline(_) => "in the configuration".to_owned(),
+            Secret::File(path) => format!("in {}", path.display()),
+        };
+        if let Some(path) = &self.credentials_file {
+            return format!("the user credentials in {}", path.display());
+        }
+        if let Some(seed) = &self.nkey {
+            return format!("the nkey {}", at(seed));
+        }
+        if let Some(token) = &self.token {
+            return format!("the token {}", at(token));
+        }
+        let user = self.user.as_ref().or(server.login.as_ref().map(|(user, _)| user));
+        match (user, &self.password, &server.login) {
+            (Some(user), Some(password), _) => {
+                format!("user {user}, the password {}", at(password))
+            }
+            (_, None, Some((user, Some(_)))) => format!("user {user}, the password in the url"),
+            (_, None, Some((_, None))) => "the token in the url".to_owned(),
+            _ if self.tls.as_ref().is_some_and(|tls| tls.cert_file.is_some()) => {
+                "the client certificate, and no login besides".to_owned()
+            }
+            _ => "none are configured; set credentials_file, nkey, token, or user and password"
+                .to_owned(),
+        }
     }
 }
 
@@ -307,6 +481,24 @@ mod tests {
         assert_eq!(all[1].shown, "tls://b:1");
         assert!(all[1].address.tls_required());
         assert_eq!(all[2].shown, "nats://c");
+    }
+
+    #[test]
+    fn a_violation_is_read_with_its_subject() {
+        let read = |text: &str| Violation::parse(&ServerError::Other(text.to_owned()));
+        let publish = |subject: &str| Some(Violation::Publish(subject.to_owned()));
+        assert_eq!(read(r#"Permissions Violation for Publish to "a.b""#), publish("a.b"));
+        assert_eq!(
+            read(r#"Permissions Violation for Publish to "a\"\\\u00fc""#),
+            publish("a\"\\ü")
+        );
+        assert_eq!(
+            read(r#"Permissions Violation for Subscription to "_INBOX.x.*" using queue "q""#),
+            Some(Violation::Subscribe("_INBOX.x.*".to_owned()))
+        );
+        for other in ["Stale Connection", "Permissions Violation for Publish to \"a", "", "\""] {
+            assert_eq!(read(other), None, "{other}");
+        }
     }
 
     #[test]

@@ -38,8 +38,8 @@ use tokio::{
 use super::{
     BATCH, NatsSource,
     api::{Api, ConsumerInfo, StreamInfo},
-    connect::{Fault, Link, Live},
-    delivery::{IN_PROGRESS, Intake, NatsSettle, ack_subject, answer},
+    connect::{Fault, Link, Live, Refusals, denied},
+    delivery::{IN_PROGRESS, Intake, NatsSettle, ack_subject, answer, is_ack_of},
     pull::Pull,
     random,
     recovery::Recovery,
@@ -102,6 +102,8 @@ struct Opened {
 /// One subscription on one connection.
 struct Generation {
     live: Live,
+    /// Requests and acks that the server does not take from us.
+    refusals: Refusals,
     api: Api,
     pull: Pull,
     recovery: Option<Recovery>,
@@ -351,6 +353,12 @@ impl Flow {
         let pull = &mut generation.pull;
         tokio::select! {
             arrived = poll_fn(|cx| pull.poll_arrivals(cx)) => arrived,
+            subject = generation.refusals.next() => {
+                let source = &self.source;
+                let ours = *subject == *generation.pull.subject()
+                    || is_ack_of(&subject, &source.stream, &source.consumer);
+                if ours { Err(Fault::Misconfigured(denied(&subject))) } else { Ok(()) }
+            }
             reason = generation.live.down() => Err(Fault::Away(reason)),
             Some(info) = &mut generation.probe, if generation.probing => {
                 generation.probing = false;
@@ -442,7 +450,7 @@ async fn open(
     committed: &AtomicU64,
     competing: bool,
 ) -> Result<Opened, Fault> {
-    let api = Api::new(live.client.clone(), link.options.domain.as_deref(), link.options.timeout);
+    let api = Api::new(live.clone(), link.options.domain.as_deref(), link.options.timeout);
     let stream = match (api.stream(&source.stream).await?, &source.create) {
         (Some(stream), _) => stream,
         (None, Some(create)) => {
@@ -505,6 +513,7 @@ async fn open(
         Recovery::new(api.clone(), stream, filter, after, delivered, sparse)
     });
 
+    let refusals = live.refusals();
     let committed = committed.load(Ordering::Relaxed).min(known.unwrap_or(0));
     let unacked = info.ack_floor.stream_seq + 1..=committed.min(info.ack_floor.stream_seq + ACKS);
     if !competing && info.num_ack_pending > 0 {
@@ -530,6 +539,7 @@ async fn open(
         generation: Generation {
             pull: Pull::new(api.clone(), pull, inbox.into(), subscriber, batch, &info.config),
             live,
+            refusals,
             api,
             recovery,
             consumer_seq: info.delivered.consumer_seq,

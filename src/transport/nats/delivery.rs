@@ -62,6 +62,14 @@ impl Token {
     }
 }
 
+/// Whether an ack to this subject is for a delivery of this consumer.
+pub(super) fn is_ack_of(subject: &str, stream: &str, consumer: &str) -> bool {
+    let Some(tokens) = subject.strip_prefix("$JS.ACK.") else { return false };
+    let tokens: Vec<_> = tokens.split('.').collect();
+    let at = if tokens.len() > 7 { 2 } else { 0 };
+    tokens.get(at..at + 2) == Some(&[stream, consumer])
+}
+
 /// Turns what the server sends into messages; repeated subjects share one string.
 #[derive(Debug)]
 pub(super) struct Intake {
@@ -237,6 +245,7 @@ mod tests {
             "$JS.ACK._.hash.S.C.2.17.19.1669000000.5.rnd",
         ] {
             assert_eq!(Token::parse(reply), Some(token), "{reply}");
+            assert!(is_ack_of(reply, "S", "C") && !is_ack_of(reply, "S", "D"), "{reply}");
         }
         for reply in ["", "_INBOX.x", "$JS.ACK.S.C.2.17.19.5", "$JS.ACK.S.C.x.17.19.1.5"] {
             assert_eq!(Token::parse(reply), None, "{reply}");

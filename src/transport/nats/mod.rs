@@ -45,8 +45,8 @@ const BATCH: usize = 2_000;
 pub struct NatsOptions {
     /// One server, or several separated by commas: `nats://host:4222`, `tls://host:4222`.
     /// Default `nats://127.0.0.1:4222`. `user:password@` or `token@` before the host counts
-    /// where none of the members below says otherwise.
-    pub url: String,
+    /// where none of the members below says otherwise. Read at each connection.
+    pub url: Secret,
     /// User credentials file (`.creds`).
     pub credentials_file: Option<PathBuf>,
     /// NKey seed.
@@ -57,7 +57,7 @@ pub struct NatsOptions {
     pub user: Option<String>,
     /// Password.
     pub password: Option<Secret>,
-    /// TLS settings; `None` where the URL decides.
+    /// TLS settings, and TLS it must be; `None`: the URL decides, and the server may insist.
     pub tls: Option<crate::tls::TlsOptions>,
     /// JetStream domain.
     pub domain: Option<String>,
@@ -82,7 +82,7 @@ impl Default for NatsOptions {
     /// A server on this machine, without authentication.
     fn default() -> Self {
         Self {
-            url: "nats://127.0.0.1:4222".to_owned(),
+            url: Secret::Inline("nats://127.0.0.1:4222".to_owned()),
             credentials_file: None,
             nkey: None,
             token: None,

@@ -1,17 +1,29 @@
 //! Pipelined publishes, each confirmed by the stream that took it.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{
+    collections::{HashSet, VecDeque},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use async_nats::{
-    Client, HeaderMap, HeaderName, HeaderValue, StatusCode, Subject, Subscriber,
-    client::PublishErrorKind,
+    HeaderMap, HeaderName, HeaderValue, StatusCode, Subject, Subscriber, client::PublishErrorKind,
 };
 use async_trait::async_trait;
 use futures_util::StreamExt as _;
 use serde::Deserialize;
-use tokio::{sync::RwLock, time::timeout};
+use tokio::{
+    sync::RwLock,
+    time::{sleep, timeout},
+};
 
-use super::{connect::Link, is_subject};
+use super::{
+    connect::{Link, Live, Refusals, denied},
+    is_subject,
+};
 use crate::{
     event::Headers,
     transport::{Outbound, PublishError, Publisher},
@@ -19,6 +31,14 @@ use crate::{
 
 /// Messages sent and not confirmed, at most, in one call: far below what a subscription buffers.
 const WINDOW: usize = 4_000;
+
+/// The same while the server refuses subjects. It says so once for each message, apart from the
+/// answers, and of many at once the client drops some.
+const WINDOW_OF_REFUSED: usize = 32;
+
+/// How long nothing may be heard once a subject has been refused: then what was said of the rest
+/// has been dropped.
+const QUIET: Duration = Duration::from_secs(1);
 
 const MESSAGE_ID: HeaderName = HeaderName::from_static("Nats-Msg-Id");
 
@@ -29,11 +49,20 @@ pub(super) struct NatsPublisher {
     link: Arc<Link>,
     /// Whether it is closed; read-locked while a call is under way.
     closed: RwLock<bool>,
+    /// The server refused a subject in the last call.
+    refusing: AtomicBool,
+    /// No answer could reach the last call.
+    deaf: AtomicBool,
 }
 
 impl NatsPublisher {
     pub(super) fn new(link: Arc<Link>) -> Self {
-        Self { link, closed: RwLock::new(false) }
+        Self {
+            link,
+            closed: RwLock::new(false),
+            refusing: AtomicBool::new(false),
+            deaf: AtomicBool::new(false),
+        }
     }
 }
 
@@ -53,18 +82,27 @@ impl Publisher for NatsPublisher {
                 );
             }
         };
-        let mut call = match Call::new(live.client.clone(), messages.len()).await {
+        let mut call = match Call::new(&live, messages.len()).await {
             Ok(call) => call,
             Err(reason) => return unavailable(messages.len(), &reason),
         };
+        if self.deaf.load(Ordering::Relaxed)
+            && let Ok(reason) = timeout(QUIET, live.down()).await
+        {
+            // It would be taken, and we would never know: copies without end.
+            return unavailable(messages.len(), &reason);
+        }
+        call.careful = self.refusing.load(Ordering::Relaxed);
         let ended = tokio::select! {
             ended = call.run(messages, self.link.options.timeout) => ended,
-            reason = live.down() => Err(reason),
+            reason = live.down() => Err(End::Lost(reason)),
         };
-        if ended.is_err() && !live.is_down() {
+        if matches!(ended, Err(End::Lost(_))) && !live.is_down() {
             // It looks alive and does not answer; the next call has another.
             self.link.discard(&live);
         }
+        self.refusing.store(!call.refused.is_empty(), Ordering::Relaxed);
+        self.deaf.store(live.is_deaf(), Ordering::Relaxed);
         drop(closed);
         call.results(ended.err())
     }
@@ -83,58 +121,59 @@ fn unavailable(messages: usize, reason: &str) -> Vec<Result<(), PublishError>> {
 
 /// One call: an inbox of its own, whose last token tells which message an answer is for.
 struct Call {
-    client: Client,
+    live: Live,
     inbox: String,
     answers: Subscriber,
+    refusals: Refusals,
     results: Vec<Option<Result<(), PublishError>>>,
+    /// Where those that wait for an answer went.
+    sent: Vec<Option<Subject>>,
     waiting: usize,
+    /// What the server has refused in this call.
+    refused: HashSet<String>,
+    /// Few at a time: the server refuses some.
+    careful: bool,
+}
+
+/// Why a call ended before every message had its answer.
+enum End {
+    /// The connection is not to be used again.
+    Lost(String),
+    /// The server's word on some messages was dropped. The next call is more careful.
+    Unheard,
 }
 
 impl Call {
-    async fn new(client: Client, messages: usize) -> Result<Self, String> {
-        let inbox = client.new_inbox();
-        let answers = client
+    async fn new(live: &Live, messages: usize) -> Result<Self, String> {
+        let inbox = live.client.new_inbox();
+        let answers = live
+            .client
             .subscribe(format!("{inbox}.*"))
             .await
             .map_err(|_| "the connection to NATS was lost".to_owned())?;
-        Ok(Self { client, inbox, answers, results: vec![None; messages], waiting: 0 })
+        Ok(Self {
+            live: live.clone(),
+            inbox,
+            answers,
+            refusals: live.refusals(),
+            results: vec![None; messages],
+            sent: vec![None; messages],
+            waiting: 0,
+            refused: HashSet::new(),
+            careful: false,
+        })
     }
 
     /// Publishes and waits for the answers; the error says why the rest is not known.
-    async fn run(
-        &mut self,
-        messages: Vec<Outbound>,
-        patience: std::time::Duration,
-    ) -> Result<(), String> {
+    async fn run(&mut self, messages: Vec<Outbound>, patience: Duration) -> Result<(), End> {
         let mut messages: VecDeque<_> = messages.into_iter().enumerate().collect();
         while let Some((n, message)) = messages.pop_front() {
-            let sent = match prepare(message) {
-                Ok((subject, headers, body)) => {
-                    let reply = format!("{}.{n}", self.inbox);
-                    self.client
-                        .publish_with_reply_and_headers(subject, reply, headers, body)
-                        .await
-                        .map_err(|error| match error.kind() {
-                            PublishErrorKind::MaxPayloadExceeded => {
-                                Some(PublishError::Refused(format!(
-                                    "larger than the server's max_payload of {} bytes",
-                                    self.client.max_payload()
-                                )))
-                            }
-                            PublishErrorKind::InvalidSubject => {
-                                Some(PublishError::Refused("the subject is none".to_owned()))
-                            }
-                            PublishErrorKind::Send => None,
-                        })
-                }
-                Err(reason) => Err(Some(PublishError::Refused(reason))),
-            };
-            match sent {
+            match self.send(n, message).await {
                 Ok(()) => self.waiting += 1,
                 Err(Some(error)) => self.results[n] = Some(Err(error)),
-                Err(None) => return Err("the connection to NATS was lost".to_owned()),
+                Err(None) => return Err(End::Lost("the connection to NATS was lost".to_owned())),
             }
-            while self.waiting >= WINDOW {
+            while self.waiting >= self.window() {
                 self.answer(patience).await?;
             }
         }
@@ -144,23 +183,84 @@ impl Call {
         Ok(())
     }
 
-    async fn answer(&mut self, patience: std::time::Duration) -> Result<(), String> {
-        let answer = timeout(patience, self.answers.next())
-            .await
-            .map_err(|_| format!("no confirmation within {patience:?}"))?
-            .ok_or_else(|| "the connection to NATS ended".to_owned())?;
-        let number = answer.subject.rsplit_once('.').and_then(|(_, n)| n.parse::<usize>().ok());
-        if let Some(result) = number.and_then(|n| self.results.get_mut(n))
-            && result.is_none()
-        {
-            *result = Some(confirmation(&answer));
-            self.waiting -= 1;
+    fn window(&self) -> usize {
+        if self.careful || !self.refused.is_empty() { WINDOW_OF_REFUSED } else { WINDOW }
+    }
+
+    /// The error is `None` where the connection is lost.
+    async fn send(&mut self, n: usize, message: Outbound) -> Result<(), Option<PublishError>> {
+        let (subject, headers, body) = prepare(message).map_err(PublishError::Refused)?;
+        if self.refused.contains(subject.as_str()) {
+            return Err(Some(PublishError::Failed(denied(&subject))));
+        }
+        let reply = format!("{}.{n}", self.inbox);
+        let client = &self.live.client;
+        let sent = client.publish_with_reply_and_headers(subject.clone(), reply, headers, body);
+        sent.await.map_err(|error| match error.kind() {
+            PublishErrorKind::MaxPayloadExceeded => Some(PublishError::Refused(format!(
+                "larger, with its headers, than the server's max_payload of {} bytes",
+                client.max_payload()
+            ))),
+            PublishErrorKind::InvalidSubject => {
+                Some(PublishError::Refused("the subject is none".to_owned()))
+            }
+            PublishErrorKind::Send => None,
+        })?;
+        self.sent[n] = Some(subject);
+        Ok(())
+    }
+
+    /// Waits for the next word of the server.
+    async fn answer(&mut self, patience: Duration) -> Result<(), End> {
+        let heard = !self.refused.is_empty();
+        tokio::select! {
+            biased;
+            answer = self.answers.next() => match answer {
+                Some(answer) => self.answered(&answer),
+                None => return Err(End::Lost("the connection to NATS ended".to_owned())),
+            },
+            subject = self.refusals.next() => self.refuse(&subject),
+            () = sleep(if heard { QUIET.min(patience) } else { patience }) => {
+                return Err(if heard {
+                    End::Unheard
+                } else {
+                    End::Lost(format!("no confirmation within {patience:?}"))
+                });
+            }
         }
         Ok(())
     }
 
-    fn results(self, rest: Option<String>) -> Vec<Result<(), PublishError>> {
-        let rest = rest.unwrap_or_else(|| "no confirmation came".to_owned());
+    fn answered(&mut self, answer: &async_nats::Message) {
+        let number = answer.subject.rsplit_once('.').and_then(|(_, n)| n.parse::<usize>().ok());
+        if let Some(n) = number
+            && let Some(Some(subject)) = self.sent.get(n)
+            && self.results[n].is_none()
+        {
+            self.results[n] = Some(confirmation(answer, subject));
+            self.waiting -= 1;
+        }
+    }
+
+    /// Nothing will come for those that went to this subject.
+    fn refuse(&mut self, subject: &str) {
+        for (result, sent) in self.results.iter_mut().zip(&self.sent) {
+            if result.is_none() && sent.as_ref().is_some_and(|sent| sent.as_str() == subject) {
+                *result = Some(Err(PublishError::Failed(denied(subject))));
+                self.waiting -= 1;
+                self.refused.insert(subject.to_owned());
+            }
+        }
+    }
+
+    fn results(self, end: Option<End>) -> Vec<Result<(), PublishError>> {
+        let rest = match end {
+            Some(End::Lost(reason)) => reason,
+            Some(End::Unheard) => "the server refuses subjects, and what it said of this one was \
+                                   lost; trying again"
+                .to_owned(),
+            None => "no confirmation came".to_owned(),
+        };
         self.results
             .into_iter()
             .map(|result| result.unwrap_or_else(|| Err(PublishError::Unavailable(rest.clone()))))
@@ -169,7 +269,7 @@ impl Call {
 }
 
 /// What the answer to a publish says. A duplicate is in the stream already: success.
-fn confirmation(answer: &async_nats::Message) -> Result<(), PublishError> {
+fn confirmation(answer: &async_nats::Message, subject: &str) -> Result<(), PublishError> {
     #[derive(Deserialize)]
     struct Confirmation {
         stream: Option<String>,
@@ -185,7 +285,9 @@ fn confirmation(answer: &async_nats::Message) -> Result<(), PublishError> {
         description: String,
     }
     if answer.status == Some(StatusCode::NO_RESPONDERS) {
-        return Err(PublishError::Failed("no stream takes this subject".to_owned()));
+        return Err(PublishError::Failed(format!(
+            "no stream takes subject `{subject}`: create one that does, or correct the subject"
+        )));
     }
     match serde_json::from_slice(&answer.payload) {
         Ok(Confirmation { error: Some(refusal), .. }) => {
@@ -198,7 +300,7 @@ fn confirmation(answer: &async_nats::Message) -> Result<(), PublishError> {
         }
         Ok(Confirmation { stream: Some(_), error: None }) => Ok(()),
         Ok(Confirmation { stream: None, error: None }) | Err(_) => Err(PublishError::Failed(
-            "something that is no stream answers on this subject".to_owned(),
+            format!("something that is no stream answers on subject `{subject}`"),
         )),
     }
 }

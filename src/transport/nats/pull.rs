@@ -92,6 +92,11 @@ impl Pull {
         }
     }
 
+    /// Where the requests go.
+    pub(super) fn subject(&self) -> &str {
+        &self.subject
+    }
+
     /// Whether the server has a request that it could serve.
     pub(super) fn is_asking(&self) -> bool {
         self.outstanding > 0
@@ -128,6 +133,7 @@ impl Pull {
             request["max_bytes"] = json!(asked_bytes);
         }
         self.api
+            .live
             .client
             .publish_with_reply(
                 self.subject.clone(),

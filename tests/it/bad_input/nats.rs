@@ -78,10 +78,11 @@ impl Broker {
         ack.unwrap().await.unwrap();
     }
 
-    async fn consumer(&self) -> consumer::Info {
+    /// What the server says of the daemon's consumer; `None` before the daemon has made it.
+    async fn consumer(&self) -> Option<consumer::Info> {
         let mut consumer: consumer::PullConsumer =
-            self.jetstream.get_consumer_from_stream("pulsebus", "BAD").await.unwrap();
-        consumer.info().await.unwrap().clone()
+            self.jetstream.get_consumer_from_stream("pulsebus", "BAD").await.ok()?;
+        Some(consumer.info().await.ok()?.clone())
     }
 
     /// Waits until everything in the stream has been delivered and acked.
@@ -89,7 +90,7 @@ impl Broker {
         let stream = self.jetstream.get_stream("BAD").await.unwrap();
         let last = stream.get_info().await.unwrap().state.last_sequence;
         wait_until("all is acked", async || {
-            let info = self.consumer().await;
+            let info = self.consumer().await?;
             let all = info.ack_floor.stream_sequence == last
                 && info.num_pending == 0
                 && info.num_ack_pending == 0;

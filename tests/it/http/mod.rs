@@ -89,6 +89,7 @@ impl Server {
         let mut options = ApiOptions {
             listen: address,
             token: None,
+            tls: None,
             max_body: 16 << 20,
             body_bytes: 64 << 20,
             timeout: Duration::from_secs(30),

@@ -4,6 +4,7 @@ pub(crate) mod daemon;
 pub(crate) mod faulty;
 pub(crate) mod nats;
 pub(crate) mod picky;
+pub(crate) mod pki;
 pub(crate) mod postgres;
 pub(crate) mod process;
 pub(crate) mod proxy;

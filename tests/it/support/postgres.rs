@@ -14,7 +14,7 @@ use std::{
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
 use tokio::sync::OnceCell;
 
-use super::{PATIENCE, free_port, process, wait_until};
+use super::{PATIENCE, free_port, pki::Pair, process, wait_until};
 
 /// A database of a test's own, on the shared server.
 #[derive(Debug)]
@@ -38,18 +38,56 @@ pub struct PostgresServer {
     folder: PathBuf,
     port: u16,
     child: Option<Child>,
+    /// Further settings, `name=value`.
+    settings: Vec<String>,
 }
 
 impl PostgresServer {
     /// Starts one.
     pub async fn start() -> Self {
+        Self::start_with(|_| Vec::new()).await
+    }
+
+    /// One that speaks TLS with this certificate, and lets the role `pulse` in only by a client
+    /// certificate of this authority and of that name.
+    pub async fn start_tls(pair: &Pair, ca: &Path) -> Self {
+        use std::os::unix::fs::PermissionsExt as _;
+        let server = Self::start_with(|folder| {
+            let copy = |from: &Path, name: &str| {
+                let to = folder.join(name);
+                fs::copy(from, &to).unwrap();
+                fs::set_permissions(&to, fs::Permissions::from_mode(0o600)).unwrap();
+                to.display().to_string()
+            };
+            let hba = folder.join("hba");
+            fs::write(
+                &hba,
+                "hostssl all pulse 127.0.0.1/32 trust clientcert=verify-full\n\
+                 host all postgres 127.0.0.1/32 trust\n",
+            )
+            .unwrap();
+            vec![
+                "ssl=on".to_owned(),
+                format!("ssl_cert_file={}", copy(&pair.cert, "server.pem")),
+                format!("ssl_key_file={}", copy(&pair.key, "server.key")),
+                format!("ssl_ca_file={}", copy(ca, "ca.pem")),
+                format!("hba_file={}", hba.display()),
+            ]
+        })
+        .await;
+        server.execute("CREATE ROLE pulse LOGIN SUPERUSER").await;
+        server
+    }
+
+    async fn start_with(prepare: impl FnOnce(&Path) -> Vec<String>) -> Self {
         let template = template().await;
         let folder = process::folder("postgres");
         let copy = folder.join("data");
         let status = Command::new("cp").arg("-a").args([template, &copy]).status().expect("cp");
         assert!(status.success(), "cannot copy the Postgres cluster");
+        let settings = prepare(&folder);
         give(&folder);
-        let mut server = Self { folder, port: free_port(), child: None };
+        let mut server = Self { folder, port: free_port(), child: None, settings };
         server.launch().await;
         server
     }
@@ -57,6 +95,11 @@ impl PostgresServer {
     /// Of its database `postgres`.
     pub fn url(&self) -> String {
         self.database_url("postgres")
+    }
+
+    /// The same for a role.
+    pub fn url_of(&self, role: &str) -> String {
+        format!("postgres://{role}@127.0.0.1:{}/postgres", self.port)
     }
 
     fn database_url(&self, name: &str) -> String {
@@ -78,6 +121,7 @@ impl PostgresServer {
 
     async fn launch(&mut self) {
         let log = self.folder.join("log");
+        let settings = self.settings.clone();
         let launch = |folder: &Path, port: u16| {
             let output = fs::File::options().create(true).append(true).open(&log).unwrap();
             process::spawn_as(user(), &binary("postgres"), |command| {
@@ -91,6 +135,9 @@ impl PostgresServer {
                     "shared_buffers=32MB",
                     "logging_collector=off",
                 ] {
+                    command.arg("-c").arg(setting);
+                }
+                for setting in &settings {
                     command.arg("-c").arg(setting);
                 }
                 command.stdout(output.try_clone().unwrap()).stderr(output);

@@ -49,8 +49,13 @@ pub(crate) struct RabbitNode {
 
 impl RabbitNode {
     pub(crate) async fn start() -> Self {
-        spawn_blocking(|| {
-            let site = Site::new();
+        Self::start_with(String::new(), "").await
+    }
+
+    /// With further lines of `rabbitmq.conf`, and plugins (`a, b`).
+    pub(crate) async fn start_with(conf: String, plugins: &'static str) -> Self {
+        spawn_blocking(move || {
+            let site = Site::new(&conf, plugins);
             let process = site.boot();
             Self { site, process: Mutex::new(process) }
         })
@@ -146,7 +151,7 @@ struct Site {
 }
 
 impl Site {
-    fn new() -> Self {
+    fn new(conf: &str, plugins: &str) -> Self {
         let folder = folder("rabbit");
         let first = free_port().min(u16::MAX - 20);
         let site = Self {
@@ -163,11 +168,12 @@ impl Site {
                 "listeners.tcp.1 = 127.0.0.1:{}\n\
                  log.file.level = warning\n\
                  disk_free_limit.absolute = 50MB\n\
-                 max_message_size = 4194304\n",
+                 max_message_size = 4194304\n\
+                 {conf}",
                 site.port
             ),
         );
-        write("enabled_plugins", "[].\n".to_owned());
+        write("enabled_plugins", format!("[{plugins}].\n"));
         site
     }
 

@@ -1,0 +1,288 @@
+//! Logging in to NATS in each of its ways, and secrets that nobody may read.
+
+use std::path::{Path, PathBuf};
+
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD as BASE64};
+use nkeys::KeyPair;
+use pulsebus::{secret::Secret, transport::nats::NatsOptions};
+use serde_json::{Value, json};
+
+use crate::{
+    support::{
+        daemon::{Daemon, pulsebus},
+        free_port,
+        nats::NatsServer,
+        process, wait_until,
+    },
+    tls::nats,
+};
+
+fn options(server: &NatsServer) -> NatsOptions {
+    NatsOptions { url: Secret::Inline(server.url()), ..NatsOptions::default() }
+}
+
+fn configured(folder: &Path, text: &str) -> NatsServer {
+    let file = folder.join("nats.conf");
+    std::fs::write(&file, text).unwrap();
+    NatsServer::start_with(&["-c", file.to_str().unwrap()])
+}
+
+async fn refused(options: NatsOptions, words: &[&str]) {
+    let error = nats(options).await.unwrap_err().to_string();
+    for word in words {
+        assert!(error.contains(word), "{word}: {error}");
+    }
+}
+
+/// A token as NATS signs them: `ed25519-nkey`.
+fn jwt(issuer: &KeyPair, subject: &KeyPair, nats: &Value) -> String {
+    let part = |value: &Value| BASE64.encode(value.to_string());
+    let claims = json!({
+        "jti": "test", "iat": 1_700_000_000, "name": "test",
+        "iss": issuer.public_key(), "sub": subject.public_key(), "nats": nats,
+    });
+    let signed =
+        format!("{}.{}", part(&json!({"typ": "JWT", "alg": "ed25519-nkey"})), part(&claims));
+    let signature = issuer.sign(signed.as_bytes()).unwrap();
+    format!("{signed}.{}", BASE64.encode(signature))
+}
+
+/// A credentials file of a user.
+fn credentials(folder: &Path, name: &str, account: &KeyPair, user: &KeyPair) -> PathBuf {
+    let claims = json!({
+        "pub": {}, "sub": {}, "subs": -1, "data": -1, "payload": -1, "type": "user", "version": 2,
+    });
+    let file = folder.join(name);
+    let text = format!(
+        "-----BEGIN NATS USER JWT-----\n{}\n------END NATS USER JWT------\n\n\
+         -----BEGIN USER NKEY SEED-----\n{}\n------END USER NKEY SEED------\n",
+        jwt(account, user, &claims),
+        user.seed().unwrap()
+    );
+    std::fs::write(&file, text).unwrap();
+    file
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nats_with_a_credentials_file() {
+    let folder = process::folder("creds");
+    let operator = KeyPair::new_operator();
+    let (account, system) = (KeyPair::new_account(), KeyPair::new_account());
+    let claims = |storage: i64| {
+        let limits = json!({
+            "subs": -1, "data": -1, "payload": -1, "imports": -1, "exports": -1,
+            "wildcards": true, "conn": -1, "leaf": -1, "mem_storage": storage,
+            "disk_storage": storage, "streams": storage, "consumer": storage,
+        });
+        json!({
+            "limits": limits, "default_permissions": {"pub": {}, "sub": {}}, "type": "account",
+            "version": 2,
+        })
+    };
+    let operator_jwt = jwt(&operator, &operator, &json!({"type": "operator", "version": 2}));
+    let server = configured(
+        &folder,
+        &format!(
+            "operator: {operator_jwt}\nsystem_account: {}\nresolver: MEMORY\n\
+             resolver_preload: {{ {}: {}, {}: {} }}\n",
+            system.public_key(),
+            account.public_key(),
+            jwt(&operator, &account, &claims(-1)),
+            system.public_key(),
+            // It may not have JetStream.
+            jwt(&operator, &system, &claims(0))
+        ),
+    );
+    let file = credentials(&folder, "user.creds", &account, &KeyPair::new_user());
+    let with =
+        |file: &Path| NatsOptions { credentials_file: Some(file.to_owned()), ..options(&server) };
+    nats(with(&file)).await.unwrap();
+    // Of an account that the server does not know.
+    let foreign =
+        credentials(&folder, "foreign.creds", &KeyPair::new_account(), &KeyPair::new_user());
+    refused(with(&foreign), &["refused the credentials", "foreign.creds"]).await;
+    // Put in order again, the same options work: the file is read at each connection.
+    std::fs::copy(&file, &foreign).unwrap();
+    nats(with(&foreign)).await.unwrap();
+    refused(with(&folder.join("none.creds")), &["none.creds"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nats_with_an_nkey() {
+    let folder = process::folder("nkey");
+    let user = KeyPair::new_user();
+    let server = configured(
+        &folder,
+        &format!("authorization {{ users = [ {{ nkey: {} }} ] }}\n", user.public_key()),
+    );
+    let seed = folder.join("seed");
+    std::fs::write(&seed, format!("{}\n", user.seed().unwrap())).unwrap();
+    let with = |nkey| NatsOptions { nkey: Some(nkey), ..options(&server) };
+    nats(with(Secret::File(seed))).await.unwrap();
+    let other = KeyPair::new_user().seed().unwrap();
+    let error = nats(with(Secret::Inline(other.clone()))).await.unwrap_err().to_string();
+    assert!(error.contains("refused the credentials") && !error.contains(&other), "{error}");
+    refused(options(&server), &["refused"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nats_with_a_token() {
+    let server = NatsServer::start_with(&["--auth", "t0ken"]);
+    let with = |token: &str| NatsOptions {
+        token: Some(Secret::Inline(token.to_owned())),
+        ..options(&server)
+    };
+    nats(with("t0ken")).await.unwrap();
+    let error = nats(with("wr0ng")).await.unwrap_err().to_string();
+    assert!(error.contains("refused the credentials") && !error.contains("wr0ng"), "{error}");
+    // In the URL, in a file that changes.
+    let file = process::folder("url").join("url");
+    let url = |token: &str| format!("nats://{token}@127.0.0.1:{}\n", server.port());
+    std::fs::write(&file, url("wr0ng")).unwrap();
+    let by_file = NatsOptions { url: Secret::File(file.clone()), ..NatsOptions::default() };
+    refused(by_file.clone(), &["refused the credentials"]).await;
+    std::fs::write(&file, url("t0ken")).unwrap();
+    nats(by_file).await.unwrap();
+}
+
+/// Every secret a daemon can have, all of them wrong or of no use, with everything logged.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_secret_is_shown_anywhere() {
+    let nats = NatsServer::start_with(&["--user", "pulse", "--pass", "right"]);
+    let rabbit = crate::support::rabbit::vhost().await;
+    let away = free_port();
+    let seed = KeyPair::new_user().seed().unwrap();
+    let config = format!(
+        r#"
+token = "CANARY-http-token"
+[log]
+filter = "trace"
+[transports.by-url]
+kind = "nats"
+url = "nats://pulse:CANARY-nats-url@127.0.0.1:{nats}"
+[transports.by-password]
+kind = "nats"
+url = "nats://127.0.0.1:{nats}"
+user = "pulse"
+password = "CANARY-nats-password"
+[transports.by-token]
+kind = "nats"
+url = "nats://127.0.0.1:{nats}"
+token = "CANARY-nats-token"
+[transports.by-nkey]
+kind = "nats"
+url = "nats://127.0.0.1:{nats}"
+nkey = "{seed}"
+[transports.rabbit]
+kind = "amqp"
+url = "amqp://pulse:CANARY-amqp-url@{rabbit}/%2f"
+[transports.rabbit-away]
+kind = "amqp"
+url = "amqp://pulse@127.0.0.1:{away}/%2f"
+password = "CANARY-amqp-password"
+[transports.crm]
+kind = "http"
+url = "http://me:CANARY-webhook-login@127.0.0.1:{away}/CANARY-webhook-path?k=CANARY-webhook-query"
+secret = "whsec_Q0FOQVJZLXdlYmhvb2stc2VjcmV0LXNlY3JldA=="
+[transports.erp]
+kind = "http"
+url = "http://127.0.0.1:{away}/CANARY-webhook-path?k=CANARY-webhook-query"
+token = "CANARY-webhook-token"
+[sources.a]
+transport = "by-url"
+stream = "S"
+[sources.b]
+transport = "by-password"
+stream = "S"
+[sources.c]
+transport = "by-token"
+stream = "S"
+[sources.d]
+transport = "by-nkey"
+stream = "S"
+[sources.e]
+transport = "rabbit"
+queue = "q"
+[sources.f]
+transport = "rabbit-away"
+queue = "q"
+[handlers.crm]
+kind = "forward"
+transport = "crm"
+path = "/{{type}}"
+[handlers.erp]
+kind = "forward"
+transport = "erp"
+[handlers.to-nats]
+kind = "forward"
+transport = "by-url"
+subject = "s"
+[handlers.to-rabbit]
+kind = "forward"
+transport = "rabbit"
+exchange = ""
+"#,
+        nats = nats.port(),
+        rabbit = rabbit.address,
+    );
+    let daemon = Daemon::start(&config).await;
+    let client = crate::support::daemon::http();
+    let get = async |path: &str| {
+        let request = client.get(daemon.url(path)).bearer_auth("CANARY-http-token");
+        request.send().await.unwrap().text().await.unwrap()
+    };
+    let event = json!({"id": "1", "type": "T", "data": 1});
+    let posted = client
+        .post(daemon.url("/v1/events"))
+        .bearer_auth("CANARY-http-token")
+        .json(&event)
+        .send()
+        .await
+        .unwrap();
+    assert!(posted.status().is_success());
+    // Everything that can fail has failed, and says so.
+    wait_until("all of it has failed", async || {
+        let ready: Value = serde_json::from_str(&get("/readyz").await).ok()?;
+        let sources: Value = serde_json::from_str(&get("/v1/sources").await).ok()?;
+        let handlers: Value = serde_json::from_str(&get("/v1/handlers").await).ok()?;
+        let reasons = |of: &Value, list: &str| {
+            of[list].as_array().unwrap().iter().filter(|x| x["reason"].is_string()).count()
+        };
+        let (s, h) = (reasons(&sources, "sources"), reasons(&handlers, "handlers"));
+        (ready.is_object() && s >= 6 && h >= 4).then_some(())
+    })
+    .await;
+    let mut shown = String::new();
+    for path in ["/readyz", "/healthz", "/metrics", "/v1/sources", "/v1/handlers", "/v1/events"] {
+        shown.push_str(&get(path).await);
+    }
+    let file = daemon.folder.join("pulsebus.toml");
+    for command in [&["config", "show"][..], &["check"], &["config", "show", "--json"]] {
+        let output = pulsebus(|run| {
+            run.args(command).arg("--config").arg(&file);
+        })
+        .await;
+        shown.push_str(&String::from_utf8(output.stdout).unwrap());
+        shown.push_str(&String::from_utf8(output.stderr).unwrap());
+    }
+    // A file with mistakes, so that errors speak of what stands beside the secrets.
+    let text = std::fs::read_to_string(&file).unwrap();
+    let wrong = daemon.folder.join("wrong.toml");
+    let text = text.replace("kind = \"amqp\"\nurl = \"amqp:", "kind = \"amqp\"\nurl = \"ampq:");
+    std::fs::write(&wrong, format!("{text}\nunknown = 1\n")).unwrap();
+    let output = pulsebus(|run| {
+        run.arg("check").arg("--config").arg(&wrong);
+    })
+    .await;
+    assert!(!output.status.success());
+    shown.push_str(&String::from_utf8(output.stderr).unwrap());
+    shown.push_str(&daemon.log());
+    for secret in ["CANARY", &*seed, "Q0FOQVJZ"] {
+        let at = shown.find(secret);
+        let around = at.map(|at| {
+            let from = shown.floor_char_boundary(at.saturating_sub(300));
+            &shown[from..shown.ceil_char_boundary(at + 80)]
+        });
+        assert_eq!(around, None, "{secret} is shown");
+    }
+}
