@@ -21,7 +21,7 @@ fn options(server: &NatsServer) -> NatsOptions {
     NatsOptions { url: Secret::Inline(server.url()), ..NatsOptions::default() }
 }
 
-fn configured(folder: &Path, text: &str) -> NatsServer {
+pub(crate) fn configured(folder: &Path, text: &str) -> NatsServer {
     let file = folder.join("nats.conf");
     std::fs::write(&file, text).unwrap();
     NatsServer::start_with(&["-c", file.to_str().unwrap()])

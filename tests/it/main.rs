@@ -36,6 +36,7 @@ mod interop;
 mod memory;
 mod model;
 mod nats;
+mod publish_safety;
 mod readme;
 mod rebuild;
 mod redrive;
