@@ -4,7 +4,18 @@ use std::path::{Path, PathBuf};
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD as BASE64};
 use nkeys::KeyPair;
-use pulsebus::{secret::Secret, transport::nats::NatsOptions};
+use pulsebus::{
+    secret::Secret,
+    store::{
+        EventStore as _,
+        postgres::{PostgresOptions, PostgresStore},
+    },
+    transport::{
+        PublishError, Transport as _,
+        amqp::{AmqpOptions, AmqpTransport},
+        nats::NatsOptions,
+    },
+};
 use serde_json::{Value, json};
 
 use crate::{
@@ -12,9 +23,10 @@ use crate::{
         daemon::{Daemon, pulsebus},
         free_port,
         nats::NatsServer,
-        process, wait_until,
+        postgres::PostgresServer,
+        process, rabbit, wait_until,
     },
-    tls::nats,
+    tls::{nats, there_and_back},
 };
 
 fn options(server: &NatsServer) -> NatsOptions {
@@ -145,11 +157,58 @@ async fn nats_with_a_token() {
     nats(by_file).await.unwrap();
 }
 
+/// A password is changed in the database and then in the file, while the store is in use.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn G8_a_rotated_password_of_postgres_is_picked_up() {
+    let server = PostgresServer::start_with_passwords().await;
+    let file = process::folder("rotated").join("url");
+    let url = |password: &str| server.url_of(&format!("pulse:{password}"));
+    std::fs::write(&file, format!("{}\n", url("one"))).unwrap();
+    let options = PostgresOptions::new(Secret::File(file.clone()));
+    let store = PostgresStore::connect(options).await.unwrap();
+    store.head().await.unwrap();
+    server.execute("ALTER ROLE pulse PASSWORD 'two'").await;
+    let ends = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'pulse'";
+    server.execute(ends).await;
+    wait_until("the old password is refused", async || store.head().await.err()).await;
+    std::fs::write(&file, url("two")).unwrap();
+    wait_until("the new one is used", async || store.head().await.ok()).await;
+    store.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn G8_a_rotated_password_of_rabbitmq_is_picked_up() {
+    let vhost = rabbit::vhost().await;
+    let file = process::folder("rotated").join("password");
+    std::fs::write(&file, "wr0ng\n").unwrap();
+    let url = vhost.uri.replace("guest:guest", "guest");
+    let options = AmqpOptions {
+        password: Some(Secret::File(file.clone())),
+        ..crate::tls::amqp_options(url, None)
+    };
+    let transport = AmqpTransport::new(options).unwrap();
+    let source = || crate::tls::amqp_source("rotated");
+    let message = || crate::tls::outbound("rotated", Some(""));
+    let error = there_and_back(&transport, source(), message()).await.unwrap_err().to_string();
+    assert!(error.contains("password") && !error.contains("wr0ng"), "{error}");
+    // A publisher that was opened with the wrong one goes on by itself with the right one.
+    let publisher = transport.publisher().await.unwrap();
+    let refused = publisher.publish(vec![message()]).await;
+    assert!(matches!(refused[..], [Err(PublishError::Unavailable(_))]), "{refused:?}");
+    std::fs::write(&file, "guest\n").unwrap();
+    there_and_back(&transport, source(), message()).await.unwrap();
+    wait_until("the publisher is back", async || {
+        publisher.publish(vec![message()]).await[0].is_ok().then_some(())
+    })
+    .await;
+    publisher.close().await;
+}
+
 /// Every secret a daemon can have, all of them wrong or of no use, with everything logged.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_secret_is_shown_anywhere() {
     let nats = NatsServer::start_with(&["--user", "pulse", "--pass", "right"]);
-    let rabbit = crate::support::rabbit::vhost().await;
+    let rabbit = rabbit::vhost().await;
     let away = free_port();
     let seed = KeyPair::new_user().seed().unwrap();
     let config = format!(

@@ -649,6 +649,24 @@ async fn a_missing_stream_is_said_and_made_only_where_configured() {
     assert_eq!(info.retention, jetstream::stream::RetentionPolicy::WorkQueue);
     assert_eq!(info.storage, jetstream::stream::StorageType::Memory);
 
+    // One that is there is never changed, and what differs is named.
+    let differing = [
+        ("subjects", NatsStreamCreate { subjects: vec!["other.>".into()], ..create.clone() }),
+        ("retention", NatsStreamCreate { retention: Some("limits".into()), ..create.clone() }),
+        ("storage", NatsStreamCreate { storage: Some("file".into()), ..create.clone() }),
+        ("replicas", NatsStreamCreate { replicas: Some(3), ..create.clone() }),
+    ];
+    for (field, create) in differing {
+        let asked = NatsSource { create: Some(create), ..missing.clone() };
+        let error = try_open(&transport, &asked).await.unwrap_err();
+        assert!(matches!(error, TransportError::Misconfigured(_)), "{error:?}");
+        assert!(error.to_string().contains(&format!("asks for: {field}")), "{field}: {error}");
+    }
+    let narrower = NatsStreamCreate { subjects: vec!["new.a".into()], ..create.clone() };
+    let narrower = NatsStreamCreate { retention: None, storage: None, ..narrower };
+    try_open(&transport, &NatsSource { create: Some(narrower), ..missing.clone() }).await.unwrap();
+    assert_eq!(jetstream.get_stream("NEW").await.unwrap().cached_info().config, info);
+
     let clash = NatsSource { create: Some(create), ..params("CLASH") };
     let error = try_open(&transport, &clash).await.unwrap_err();
     assert!(matches!(error, TransportError::Misconfigured(_)), "{error:?}");

@@ -5,8 +5,8 @@ use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use lapin::{
-    Connection, ConnectionProperties,
-    options::QueueDeclareOptions,
+    Connection, ConnectionProperties, ExchangeKind,
+    options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions},
     types::{AMQPValue, FieldTable},
 };
 use pulsebus::{
@@ -193,5 +193,41 @@ async fn P3_what_rabbitmq_does_not_take_fails_alone() {
         assert!(error.to_string().contains(word), "{word}: {error}");
     }
     assert!(matches!(large, PublishError::Refused(_)), "{large:?}");
+    publisher.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn P3_a_rabbitmq_exchange_without_permission_fails_alone() {
+    let vhost = rabbit::vhost().await;
+    let connection =
+        Connection::connect(&vhost.uri, ConnectionProperties::default()).await.unwrap();
+    let channel = connection.create_channel().await.unwrap();
+    let durable = QueueDeclareOptions { durable: true, ..Default::default() };
+    channel.queue_declare("q".into(), durable, FieldTable::default()).await.unwrap();
+    for exchange in ["open", "closed"] {
+        let durable = ExchangeDeclareOptions { durable: true, ..Default::default() };
+        let kind = ExchangeKind::Fanout;
+        channel
+            .exchange_declare(exchange.into(), kind, durable, FieldTable::default())
+            .await
+            .unwrap();
+        let bound = QueueBindOptions::default();
+        channel
+            .queue_bind("q".into(), exchange.into(), "".into(), bound, FieldTable::default())
+            .await
+            .unwrap();
+    }
+    let node = rabbit::shared().await;
+    node.ctl(&["add_user", "narrow", "pw"]).await;
+    node.ctl(&["set_permissions", "-p", &vhost.name, "narrow", "", "^open$", ""]).await;
+    let url = vhost.uri.replace("guest:guest", "narrow:pw");
+    let transport = AmqpTransport::new(amqp_options(url, None)).unwrap();
+    let publisher = transport.publisher().await.unwrap();
+    let to = |id, exchange: &str| message(id, "k", Some(exchange), 10);
+    let messages = vec![to(0, "open"), to(1, "closed"), to(2, "open")];
+    let results = publish(&*publisher, messages).await;
+    let [Ok(()), Err(denied), Ok(())] = results.as_slice() else { panic!("{results:?}") };
+    assert!(matches!(denied, PublishError::Failed(_)), "{denied:?}");
+    assert!(denied.to_string().contains("exchange 'closed'"), "{denied}");
     publisher.close().await;
 }

@@ -51,6 +51,38 @@ pub(super) struct StreamState {
 pub(super) struct StreamConfig {
     #[serde(default)]
     pub(super) retention: String,
+    #[serde(default)]
+    subjects: Vec<String>,
+    #[serde(default)]
+    storage: String,
+    #[serde(default)]
+    num_replicas: usize,
+}
+
+impl StreamConfig {
+    /// The first setting that is not as `create` asks for; what it does not mention may be
+    /// anything.
+    pub(super) fn difference(&self, asked: &NatsStreamCreate) -> Option<String> {
+        let covered = |wanted: &&String| {
+            !self.subjects.iter().any(|has| has == *wanted || super::matches(has, wanted))
+        };
+        if let Some(wanted) = asked.subjects.iter().find(covered) {
+            let has = self.subjects.join("`, `");
+            return Some(format!("subjects are `{has}`, expected `{wanted}` among them"));
+        }
+        let differs = |field: &str, is: &str, wanted: &str| {
+            (is != wanted).then(|| format!("{field} is `{is}`, expected `{wanted}`"))
+        };
+        let text = |field, is: &str, wanted: &Option<String>| {
+            wanted.as_deref().and_then(|wanted| differs(field, is, wanted))
+        };
+        text("retention", &self.retention, &asked.retention)
+            .or_else(|| text("storage", &self.storage, &asked.storage))
+            .or_else(|| {
+                let wanted = asked.replicas?;
+                differs("replicas", &self.num_replicas.to_string(), &wanted.to_string())
+            })
+    }
 }
 
 #[derive(Debug, Deserialize)]

@@ -452,7 +452,17 @@ async fn open(
 ) -> Result<Opened, Fault> {
     let api = Api::new(live.clone(), link.options.domain.as_deref(), link.options.timeout);
     let stream = match (api.stream(&source.stream).await?, &source.create) {
-        (Some(stream), _) => stream,
+        (Some(stream), Some(create)) => match stream.config.difference(create) {
+            None => stream,
+            Some(difference) => {
+                return Err(Fault::Misconfigured(format!(
+                    "stream `{}` exists and is not as `create` asks for: {difference}; change \
+                     one of the two, or take `create` out",
+                    source.stream
+                )));
+            }
+        },
+        (Some(stream), None) => stream,
         (None, Some(create)) => {
             tracing::info!(stream = source.stream, "creating the stream");
             api.create_stream(&source.stream, create).await?

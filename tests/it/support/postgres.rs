@@ -79,6 +79,22 @@ impl PostgresServer {
         server
     }
 
+    /// One that lets the role `pulse` in by password only.
+    pub async fn start_with_passwords() -> Self {
+        let server = Self::start_with(|folder| {
+            let hba = folder.join("hba");
+            fs::write(
+                &hba,
+                "host all pulse 127.0.0.1/32 scram-sha-256\nhost all postgres 127.0.0.1/32 trust\n",
+            )
+            .unwrap();
+            vec![format!("hba_file={}", hba.display())]
+        })
+        .await;
+        server.execute("CREATE ROLE pulse LOGIN SUPERUSER PASSWORD 'one'").await;
+        server
+    }
+
     async fn start_with(prepare: impl FnOnce(&Path) -> Vec<String>) -> Self {
         let template = template().await;
         let folder = process::folder("postgres");

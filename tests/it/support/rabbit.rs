@@ -37,8 +37,13 @@ impl Vhost {
 
 /// A fresh virtual host of the node that this process shares.
 pub(crate) async fn vhost() -> Vhost {
+    shared().await.vhost().await
+}
+
+/// The node that this process shares: not to be killed or stopped.
+pub(crate) async fn shared() -> &'static RabbitNode {
     static SHARED: OnceCell<RabbitNode> = OnceCell::const_new();
-    SHARED.get_or_init(RabbitNode::start).await.vhost().await
+    SHARED.get_or_init(RabbitNode::start).await
 }
 
 /// A node. Ends when it is dropped, and with this process.
