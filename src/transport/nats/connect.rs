@@ -293,11 +293,15 @@ impl Link {
             .max_reconnects(1)
             .ignore_discovered_servers()
             .skip_subject_validation(true);
-        // Also for `nats://`: a server may insist on TLS, and is then held to the same roots.
         let tls = self.options.tls.clone().unwrap_or_default();
-        // Files in the middle of a rotation may not fit; the next attempt reads them again.
-        let config = tls::client_config(&tls).map_err(|error| Fault::Away(error.to_string()))?;
-        options = options.tls_client_config(config);
+        // Where a server insists on TLS that nobody asked for, the driver holds it to the system's
+        // authorities, and reads them only then: that takes long.
+        if self.options.tls.is_some() || self.options.wants_tls(server) {
+            // Files in the middle of a rotation may not fit; the next attempt reads them again.
+            let config =
+                tls::client_config(&tls).map_err(|error| Fault::Away(error.to_string()))?;
+            options = options.tls_client_config(config);
+        }
         if self.options.wants_tls(server) {
             options = options.require_tls(true);
         }
