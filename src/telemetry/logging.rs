@@ -2,8 +2,10 @@
 
 use std::io::IsTerminal as _;
 
+use tracing::{Level, Metadata};
 use tracing_subscriber::{
-    EnvFilter, Layer as _, fmt, layer::SubscriberExt as _, util::SubscriberInitExt as _,
+    EnvFilter, Layer as _, filter::filter_fn, fmt, layer::SubscriberExt as _,
+    util::SubscriberInitExt as _,
 };
 
 /// The daemon's own log, on standard error.
@@ -39,6 +41,14 @@ const DRIVERS: &[&str] = &[
     "rustls=warn",
     "h2=warn",
 ];
+
+/// At `trace` lapin writes the frames it sends, the one with the password among them. No filter
+/// brings these lines back.
+fn is_safe(metadata: &Metadata<'_>) -> bool {
+    let target = metadata.target();
+    *metadata.level() != Level::TRACE
+        || !["lapin", "amq_protocol"].iter().any(|driver| target.starts_with(driver))
+}
 
 /// Why logging could not be set up.
 #[derive(Debug, thiserror::Error)]
@@ -106,6 +116,7 @@ pub fn init_logging(settings: &LogSettings) -> Result<(), LoggingError> {
         // One filter for all, not one of the layer: with those, an event whose call site is
         // registered on two threads at once can be switched off for good.
         .with(filter)
+        .with(filter_fn(is_safe))
         .with(lines)
         .try_init()
         .map_err(|_| LoggingError::Twice)

@@ -178,3 +178,63 @@ fn credentials_of_systemd_are_taken_where_nothing_else_is_given() {
     let given = given.variable("PULSEBUS_HTTP__TOKEN", "given");
     assert_eq!(token(&given.loaded().settings), "given");
 }
+
+/// In place, in a file of its own, as a credential: each secret, wherever it stands.
+#[test]
+fn every_secret_can_stand_in_each_of_its_places() {
+    let secrets = [
+        ("http", "token", ""),
+        ("store", "url", ""),
+        ("transports.t", "url", "kind = \"nats\""),
+        ("transports.t", "token", "kind = \"nats\"\nurl = \"h\""),
+        ("transports.t", "nkey", "kind = \"nats\"\nurl = \"h\""),
+        ("transports.t", "password", "kind = \"nats\"\nurl = \"h\"\nuser = \"u\""),
+        ("transports.t", "url", "kind = \"amqp\""),
+        ("transports.t", "password", "kind = \"amqp\"\nurl = \"amqp://u@h\""),
+        ("transports.t", "url", "kind = \"http\""),
+        ("transports.t", "secret", "kind = \"http\"\nurl = \"https://h/p\""),
+        ("transports.t", "token", "kind = \"http\"\nurl = \"https://h/p\""),
+    ];
+    for (table, key, rest) in secrets {
+        let secret = match (table, key) {
+            ("store", _) => "postgres://u:S3cr3t@127.0.0.1/d",
+            (_, "url") if rest.contains("nats") => "nats://u:S3cr3t@h",
+            (_, "url") if rest.contains("amqp") => "amqp://u:S3cr3t@h",
+            (_, "url") => "https://h/S3cr3t",
+            (_, "secret") => "whsec_UzNjcjN0UzNjcjN0UzNjcjN0UzNjcjN0",
+            _ => "S3cr3t",
+        };
+        let inline = Given::file(&format!("[{table}]\n{rest}\n{key} = \"{secret}\""));
+        let beside = Given::nothing();
+        let path = beside.beside("a-secret", &format!("{secret}\n"));
+        let file = Given::file(&format!("[{table}]\n{rest}\n{key}_file = \"{}\"", path.display()));
+        let credential = Given::file(&format!("[{table}]\n{rest}"));
+        credential.beside(&format!("{table}.{key}"), secret);
+        let dir = credential.dir.as_ref().unwrap().path().display().to_string();
+        let credential = credential.variable("CREDENTIALS_DIRECTORY", &dir);
+        for (place, given) in [("inline", inline), ("file", file), ("credential", credential)] {
+            let loaded = given.loaded();
+            let held = match (table, key, loaded.settings.transports.get("t")) {
+                ("http", ..) => loaded.settings.http.token.clone(),
+                ("store", ..) => match &loaded.settings.store {
+                    StoreSettings::Postgres { url, .. } => Some(url.clone()),
+                    other => panic!("{other:?}"),
+                },
+                (_, "url", Some(TransportSettings::Nats(nats))) => Some(nats.url.clone()),
+                (_, "token", Some(TransportSettings::Nats(nats))) => nats.token.clone(),
+                (_, "nkey", Some(TransportSettings::Nats(nats))) => nats.nkey.clone(),
+                (_, "password", Some(TransportSettings::Nats(nats))) => nats.password.clone(),
+                (_, "url", Some(TransportSettings::Amqp(amqp))) => Some(amqp.url.clone()),
+                (_, "password", Some(TransportSettings::Amqp(amqp))) => amqp.password.clone(),
+                (_, "url", Some(TransportSettings::Http(hook))) => Some(hook.url.clone()),
+                (_, "secret", Some(TransportSettings::Http(hook))) => hook.secret.clone(),
+                (_, "token", Some(TransportSettings::Http(hook))) => hook.token.clone(),
+                other => panic!("{other:?}"),
+            };
+            let held = held.unwrap_or_else(|| panic!("{table}.{key} {place}: not taken"));
+            assert_eq!(held.read().unwrap(), secret, "{table}.{key} {place}");
+            assert_eq!(matches!(held, Secret::File(_)), place != "inline", "{table}.{key} {place}");
+            assert!(!loaded.show().contains("S3cr3t"), "{}", loaded.show());
+        }
+    }
+}
