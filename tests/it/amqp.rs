@@ -476,7 +476,28 @@ async fn what_is_missing_or_differs_is_said() {
     declare(&channel, "old", "classic").await;
     let create = json!({"queue": "old", "create": {}});
     let text = misconfigured(refused(&transport, create).await);
-    assert!(text.contains("x-queue-type"), "{text}");
+    assert!(text.contains("queue `old`"), "{text}");
+    assert!(text.contains("x-queue-type is `classic`, expected `quorum`"), "{text}");
+
+    // An exchange of another type, and one of the right type whose other settings are its own.
+    let none = FieldTable::default;
+    let durable = ExchangeDeclareOptions { durable: true, ..Default::default() };
+    let direct = ExchangeKind::Direct;
+    channel.exchange_declare("direct".into(), direct, durable, none()).await.unwrap();
+    let mut arguments = none();
+    arguments.insert("alternate-exchange".into(), AMQPValue::LongString("direct".into()));
+    let topic = ExchangeKind::Topic;
+    channel.exchange_declare("topic".into(), topic, durable, arguments).await.unwrap();
+    let bound = |exchange: &str, kind: Option<&str>| {
+        let bind = json!([{"exchange": exchange, "routing_key": "#", "exchange_type": kind}]);
+        json!({"queue": "bound", "create": {"bind": bind}})
+    };
+    let text = misconfigured(refused(&transport, bound("direct", Some("topic"))).await);
+    assert!(text.contains("exchange `direct`"), "{text}");
+    assert!(text.contains("type is `direct`, expected `topic`"), "{text}");
+    for (exchange, kind) in [("topic", Some("topic")), ("direct", None)] {
+        drop(transport.consumer(spec(bound(exchange, kind))).await.unwrap());
+    }
 
     // Created with everything that it needs.
     let create = json!({"queue": "new", "create": {
@@ -492,7 +513,7 @@ async fn what_is_missing_or_differs_is_said() {
     let mut other = create;
     other["create"]["arguments"]["x-delivery-limit"] = json!(51);
     let text = misconfigured(refused(&transport, other).await);
-    assert!(text.contains("x-delivery-limit"), "{text}");
+    assert!(text.contains("x-delivery-limit is `50`, expected `51`"), "{text}");
 
     let nowhere = AmqpTransport::new(options(&format!("{}-gone", vhost.uri))).unwrap();
     let text = misconfigured(refused(&nowhere, json!({"queue": "q"})).await);

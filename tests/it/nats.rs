@@ -616,6 +616,22 @@ async fn a_consumer_that_differs_is_refused_by_field_and_left_alone() {
                 ..Default::default()
             },
         ),
+        (
+            "deliver_policy is `last`, expected `all`",
+            jetstream::consumer::Config {
+                durable_name: Some("last".into()),
+                deliver_policy: jetstream::consumer::DeliverPolicy::Last,
+                ..Default::default()
+            },
+        ),
+        (
+            "replay_policy is `original`, expected `instant`",
+            jetstream::consumer::Config {
+                durable_name: Some("slow".into()),
+                replay_policy: jetstream::consumer::ReplayPolicy::Original,
+                ..Default::default()
+            },
+        ),
     ] {
         let consumer = config.durable_name.clone().unwrap();
         stream.create_consumer(config).await.unwrap();
@@ -626,6 +642,26 @@ async fn a_consumer_that_differs_is_refused_by_field_and_left_alone() {
     let info = stream.consumer_info("pulsebus").await.unwrap();
     assert_eq!(info.config.ack_wait, Duration::from_secs(1));
     assert_eq!(info.config.filter_subject, "");
+
+    // What the server gives up is read from the stream, unless several daemons share it.
+    let finite = jetstream::consumer::Config {
+        durable_name: Some("finite".into()),
+        ack_wait: Duration::from_secs(1),
+        max_deliver: 3,
+        ..Default::default()
+    };
+    stream.create_consumer(finite).await.unwrap();
+    let finite = NatsSource { consumer: "finite".into(), ..params };
+    try_open(&transport, &finite).await.unwrap();
+    let spec = SourceSpec {
+        name: "test".into(),
+        params: serde_json::to_value(finite).unwrap(),
+        competing: true,
+        resume: None,
+        reporter: Reporter::new("test"),
+    };
+    let Err(error) = transport.consumer(spec).await else { panic!("it was opened") };
+    assert!(error.to_string().contains("max_deliver is `3`, expected `-1`"), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -361,7 +361,8 @@ impl Serving {
             let (exchange, key) = (returned.exchange.as_str(), returned.routing_key.as_str());
             self.window.returned(id, exchange, key, || {
                 PublishError::Failed(format!(
-                    "unroutable: exchange `{exchange}` has no queue for routing key `{key}` ({})",
+                    "unroutable: exchange `{exchange}` has no queue for routing key `{key}` ({}); bind \
+                     one, or correct the routing key",
                     returned.reply_text
                 ))
             });
@@ -399,9 +400,10 @@ impl Serving {
         let code = code_of(error);
         let only = self.window.unconfirmed() == 1;
         let guilty = match code {
-            Some(code::NOT_FOUND | code::ACCESS_REFUSED) => self
-                .window
-                .blame(|message| names(&text, message), || PublishError::Failed(text.clone())),
+            Some(refused @ (code::NOT_FOUND | code::ACCESS_REFUSED)) => self.window.blame(
+                |message| names(&text, message),
+                || PublishError::Failed(advice(refused, &text)),
+            ),
             Some(code::PRECONDITION_FAILED | code::CONTENT_TOO_LARGE) => {
                 // `message size 134217729 is larger than configured max size 134217728`
                 self.window.blame(
@@ -443,9 +445,25 @@ fn blocked(reason: &str) -> String {
 /// Whether the broker's text speaks of where this message goes: `no exchange 'e' in vhost '/'`,
 /// `access to topic 'a.b' in exchange 'e' in vhost '/' refused for user 'u'`.
 fn names(text: &str, message: &Outbound) -> bool {
-    let exchange = message.exchange.as_deref().unwrap_or("");
+    let exchange = match message.exchange.as_deref().unwrap_or("") {
+        // So the default one is called where permissions are.
+        "" if text.contains("exchange 'amq.default'") => "amq.default",
+        exchange => exchange,
+    };
     text.contains(&format!("exchange '{exchange}'"))
         && (!text.contains("topic '") || text.contains(&format!("topic '{}'", message.address)))
+}
+
+/// What the broker says, with what to do about it.
+fn advice(code: u16, text: &str) -> String {
+    let advice = match code {
+        code::NOT_FOUND => {
+            "create the exchange, or correct its name; nothing is created to publish to"
+        }
+        _ if text.contains("internal exchange") => "publish to another exchange",
+        _ => "no permission: let RabbitMQ allow this user to write there",
+    };
+    format!("{text}; {advice}")
 }
 
 fn has_number(text: &str, number: usize) -> bool {
@@ -487,6 +505,9 @@ mod tests {
         assert!(!names(text, &message("ee", "a")));
         let text = "access to topic 'a.b' in exchange 'e' in vhost '/' refused for user 'u'";
         assert!(names(text, &message("e", "a.b")));
+        assert!(!names(text, &message("e", "a")));
+        let text = "access to exchange 'amq.default' in vhost '/' refused for user 'u'";
+        assert!(names(text, &message("", "a")));
         assert!(!names(text, &message("e", "a")));
         assert!(has_number("message size 12 is larger than 10", 12));
         assert!(!has_number("message size 12 is larger than 10", 2));

@@ -135,10 +135,9 @@ async fn declare_queue(
             "queue `{}` does not exist, and the source has no `create`: {}",
             source.queue, failure.text
         )),
-        Some(code::PRECONDITION_FAILED) => Failure::Misconfigured(format!(
-            "queue `{}` exists with other settings than `create` asks for: {}",
-            source.queue, failure.text
-        )),
+        Some(code::PRECONDITION_FAILED) => {
+            Failure::Misconfigured(differs(&format!("queue `{}`", source.queue), &failure.text))
+        }
         Some(code::ACCESS_REFUSED | code::RESOURCE_LOCKED | code::NOT_ALLOWED) => {
             Failure::Misconfigured(format!(
                 "may not use queue `{}`: {}",
@@ -165,6 +164,10 @@ async fn bind(
     let asked =
         channel.exchange_declare(exchange.clone(), kind.clone(), passive, FieldTable::default());
     match step(timeout, asked).await {
+        Ok(()) if binding.exchange_type.is_some() => {
+            // Passively, the broker does not look at the type.
+            channel = check_type(connection, channel, binding, kind, timeout).await?;
+        }
         Ok(()) => {}
         Err(failure) if failure.code == Some(code::NOT_FOUND) => {
             channel = step(timeout, connection.create_channel()).await?;
@@ -185,6 +188,74 @@ async fn bind(
     step(timeout, bound).await.map_err(|failure| failure.about("binding to exchange", binding))?;
     close(channel, timeout).await;
     Ok(())
+}
+
+/// Whether an exchange that exists is of the type that is asked for: declaring it again changes
+/// nothing. Its other settings are not ours. Gives back a channel that is open.
+async fn check_type(
+    connection: &Connection,
+    channel: lapin::Channel,
+    binding: &AmqpBinding,
+    kind: ExchangeKind,
+    timeout: Duration,
+) -> Result<lapin::Channel, Failure> {
+    let durable = ExchangeDeclareOptions { durable: true, ..Default::default() };
+    let exchange = short("exchange", &binding.exchange)?;
+    let asked = channel.exchange_declare(exchange, kind, durable, FieldTable::default());
+    match step(timeout, asked).await {
+        Ok(()) => Ok(channel),
+        Err(Refusal { code: Some(code::PRECONDITION_FAILED), text })
+            if Inequivalent::parse(&text).is_some_and(|found| found.argument == "type") =>
+        {
+            Err(Failure::Misconfigured(differs(&format!("exchange `{}`", binding.exchange), &text)))
+        }
+        // Another setting differs, which is looked at after the type; or looking is not allowed.
+        Err(Refusal { code: Some(code::PRECONDITION_FAILED | code::ACCESS_REFUSED), .. }) => {
+            Ok(step(timeout, connection.create_channel()).await?)
+        }
+        Err(failure) => Err(failure.about("exchange", binding)),
+    }
+}
+
+/// What exists is not what `create` asks for: in words, and nothing is changed.
+fn differs(what: &str, text: &str) -> String {
+    match Inequivalent::parse(text) {
+        Some(Inequivalent { argument, asked, current }) => format!(
+            "{what} exists and is not as `create` asks for: {argument} is {current}, expected \
+             {asked}; change one of the two, or take `create` out"
+        ),
+        None => format!("{what} exists with other settings than `create` asks for: {text}"),
+    }
+}
+
+/// The broker's words for that, taken apart:
+/// `inequivalent arg 'x-queue-type' for queue 'q' in vhost '/': received the value 'quorum' of
+/// type 'longstr' but current is none`.
+struct Inequivalent<'a> {
+    argument: &'a str,
+    asked: String,
+    current: String,
+}
+
+impl<'a> Inequivalent<'a> {
+    fn parse(text: &'a str) -> Option<Self> {
+        let (_, rest) = text.split_once("inequivalent arg '")?;
+        let (argument, rest) = rest.split_once('\'')?;
+        // The last ones: a name may hold anything.
+        let (rest, current) = rest.rsplit_once(" but current is ")?;
+        let (_, asked) = rest.rsplit_once(": received ")?;
+        Some(Self { argument, asked: value(asked), current: value(current) })
+    }
+}
+
+/// `the value 'classic' of type 'longstr'`, `'true'` or `none`.
+fn value(said: &str) -> String {
+    let said = said.strip_prefix("the value ").unwrap_or(said);
+    let said = said.rsplit_once(" of type ").map_or(said, |(value, _)| value);
+    match said.trim_matches('\'') {
+        "none" => "not set".to_owned(),
+        value => format!("`{value}`"),
+    }
 }
 
 async fn close(channel: lapin::Channel, timeout: Duration) {
@@ -238,6 +309,23 @@ mod tests {
     fn refusal(params: serde_json::Value) -> String {
         let source: AmqpSource = serde_json::from_value(params).unwrap();
         check(&source).unwrap_err().text().to_owned()
+    }
+
+    #[test]
+    fn what_differs_is_said_in_words() {
+        let text = "PRECONDITION_FAILED - inequivalent arg 'x-queue-type' for queue 'a: received \
+                    x' in vhost '/': received the value 'quorum' of type 'longstr' but current is \
+                    the value 'classic' of type 'longstr'";
+        let said = differs("queue `q`", text);
+        assert!(said.contains("x-queue-type is `classic`, expected `quorum`"), "{said}");
+        let text = "PRECONDITION_FAILED - inequivalent arg 'durable' for queue 'q' in vhost '/': \
+                    received 'true' but current is 'false'";
+        let said = differs("queue `q`", text);
+        assert!(said.contains("durable is `false`, expected `true`"), "{said}");
+        let text = "inequivalent arg 'x-max-length' for queue 'q' in vhost '/': received none but \
+                    current is the value '5' of type 'signedint'";
+        assert!(differs("queue `q`", text).contains("x-max-length is `5`, expected not set"));
+        assert!(differs("queue `q`", "something new").ends_with("something new"));
     }
 
     #[test]

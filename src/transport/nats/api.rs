@@ -116,6 +116,10 @@ pub(super) struct ConsumerConfig {
     deliver_subject: String,
     #[serde(default)]
     headers_only: bool,
+    #[serde(default)]
+    deliver_policy: String,
+    #[serde(default)]
+    replay_policy: String,
     /// Nanoseconds.
     #[serde(default)]
     ack_wait: u64,
@@ -141,8 +145,8 @@ impl ConsumerConfig {
         (self.max_expires > 0).then(|| Duration::from_nanos(self.max_expires))
     }
 
-    /// The first setting that is not as asked for.
-    pub(super) fn difference(&self, asked: &NatsSource) -> Option<String> {
+    /// The first setting that is not as asked for, or that would lose or hold back messages.
+    pub(super) fn difference(&self, asked: &NatsSource, competing: bool) -> Option<String> {
         let differs = |field: &str, is: &dyn std::fmt::Display, wanted: &dyn std::fmt::Display| {
             Some(format!("{field} is `{is}`, expected `{wanted}`"))
         };
@@ -161,6 +165,17 @@ impl ConsumerConfig {
         }
         if self.headers_only {
             return differs("headers_only", &true, &false);
+        }
+        // `new` and a start sequence or time are a beginning that somebody chose.
+        if matches!(&*self.deliver_policy, "last" | "last_per_subject") {
+            return differs("deliver_policy", &self.deliver_policy, &"all");
+        }
+        if self.replay_policy == "original" {
+            return differs("replay_policy", &self.replay_policy, &"instant");
+        }
+        // A source of one daemon reads what was given up from the stream.
+        if competing && self.max_deliver > 0 {
+            return differs("max_deliver", &self.max_deliver, &"-1");
         }
         if let Some(ack_wait) = asked.ack_wait
             && ack_wait != self.ack_wait()

@@ -491,7 +491,7 @@ async fn open(
             api.create_consumer(source, after).await?
         }
     };
-    if let Some(difference) = info.config.difference(source) {
+    if let Some(difference) = info.config.difference(source, competing) {
         return Err(Fault::Misconfigured(format!(
             "consumer `{}` of stream `{}` is not as configured: {difference}; change one of them",
             source.consumer, source.stream

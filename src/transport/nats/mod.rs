@@ -233,7 +233,8 @@ fn matches(filter: &str, subject: &str) -> bool {
     loop {
         match (filter.next(), subject.next()) {
             (Some(">"), Some(_)) | (None, None) => return true,
-            (Some("*"), Some(_)) => {}
+            // Not for every one of what `>` stands for.
+            (Some("*"), Some(token)) if token != ">" => {}
             (Some(wanted), Some(token)) if wanted == token => {}
             _ => return false,
         }
@@ -258,6 +259,8 @@ mod tests {
             ("a.*", "a.b", true),
             ("a.*", "a.b.c", false),
             ("a.*.c", "a.b.c", true),
+            ("a.*", "a.>", false),
+            ("a.>", "a.>", true),
             ("a.b", "a.b", true),
             ("a.b", "a", false),
         ] {

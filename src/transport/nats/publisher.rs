@@ -45,6 +45,9 @@ const MESSAGE_ID: HeaderName = HeaderName::from_static("Nats-Msg-Id");
 /// JetStream: the message is larger than the stream takes.
 const MESSAGE_TOO_LARGE: u16 = 10_054;
 
+/// JetStream: the stream could not store it.
+const STORE_FAILED: u16 = 10_077;
+
 pub(super) struct NatsPublisher {
     link: Arc<Link>,
     /// Whether it is closed; read-locked while a call is under way.
@@ -294,6 +297,12 @@ fn confirmation(answer: &async_nats::Message, subject: &str) -> Result<(), Publi
             let reason = format!("the stream does not take it: {}", refusal.description);
             Err(match refusal {
                 Refusal { err_code: MESSAGE_TOO_LARGE, .. } => PublishError::Refused(reason),
+                // Full, and set to refuse what is new (`maximum messages exceeded`): others are not.
+                Refusal { err_code: STORE_FAILED, .. }
+                    if refusal.description.starts_with("maximum ") =>
+                {
+                    PublishError::Failed(reason)
+                }
                 Refusal { code: 503, .. } => PublishError::Unavailable(reason),
                 _ => PublishError::Failed(reason),
             })

@@ -11,6 +11,7 @@ use std::{
         mpsc,
     },
     thread,
+    time::{Duration, Instant},
 };
 
 type Order = (Command, mpsc::Sender<io::Result<Child>>);
@@ -86,6 +87,21 @@ pub(crate) fn free_port() -> u16 {
 pub(crate) fn signal(child: &Child, name: &str) {
     let status = Command::new("kill").args(["-s", name, &child.id().to_string()]).status();
     assert!(status.unwrap().success(), "kill -s {name} {}", child.id());
+    // The kernel stops its threads one after the other.
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while name == "STOP" && !is_stopped(child.id()) {
+        assert!(Instant::now() < deadline, "{} does not stop", child.id());
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Whether every thread of a process stands still (`T` in proc(5)).
+fn is_stopped(pid: u32) -> bool {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    threads.flatten().all(|thread| {
+        let stat = fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+        stat.rsplit_once(") ").is_none_or(|(_, state)| state.starts_with('T'))
+    })
 }
 
 /// Whether this process runs as root.
