@@ -50,6 +50,7 @@
 //!   [`PublishError::Unavailable`] within a bounded time and works again by itself later.
 
 pub mod amqp;
+pub(crate) mod hop;
 pub mod http;
 pub mod memory;
 pub mod nats;

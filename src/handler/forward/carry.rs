@@ -25,6 +25,7 @@ use crate::{
         binary::{attribute_in, decode, encode},
     },
     handler::template::Place,
+    transport::hop,
 };
 
 /// The header that says an event's id, where the message's own id cannot hold it.
@@ -110,7 +111,7 @@ pub(super) fn is_property(name: &str) -> bool {
 
 /// The headers as they go on from a transport of this kind to a place of that.
 pub(super) fn carry(headers: &Headers, from: &str, to: Place) -> Headers {
-    let kept = headers.iter().filter(|(name, _)| !stays_behind(name, from, to == Place::Amqp));
+    let kept = headers.iter().filter(|(name, _)| !stays_behind(name, from, to));
     match (to, from) {
         (Place::Plain, _)
         | (Place::Amqp, "amqp")
@@ -119,12 +120,16 @@ pub(super) fn carry(headers: &Headers, from: &str, to: Place) -> Headers {
             kept.map(|(name, value)| (name.into(), value.clone())).collect()
         }
         (Place::Amqp, _) => to_amqp(kept, from == "http"),
+        // By way of what both can say.
+        (_, "nats" | "http") => {
+            to_text(to_amqp(kept, from == "http").iter(), true, to == Place::UrlPath)
+        }
         (_, _) => to_text(kept, from == "amqp", to == Place::UrlPath),
     }
 }
 
 /// What belongs to the hop an event came by, not to the event.
-fn stays_behind(name: &str, from: &str, to_amqp: bool) -> bool {
+fn stays_behind(name: &str, from: &str, to: Place) -> bool {
     /// Set anew for the next hop.
     const OURS: [&str; 3] = [ID_HEADER, SOURCE_HEADER, TYPE_HEADER];
     /// Bookkeeping of the broker, or about the hop alone.
@@ -157,7 +162,9 @@ fn stays_behind(name: &str, from: &str, to_amqp: bool) -> bool {
     let is = |names: &[&str]| names.iter().any(|known| name.eq_ignore_ascii_case(known));
     is(&OURS)
         // RabbitMQ would route the message to what is in them, or close the channel.
-        || (to_amqp && matches!(name, "CC" | "BCC"))
+        || (to == Place::Amqp && matches!(name, "CC" | "BCC"))
+        // A webhook is somebody else's.
+        || (to == Place::UrlPath && hop::is_secret(name))
         || match from {
             "amqp" => {
                 is(&AMQP)
@@ -223,7 +230,9 @@ fn to_text<'a>(
             }
             continue;
         }
-        let plain = is_name(name, http);
+        // What a request says of itself is not the message's word.
+        let plain =
+            is_name(name, http) && !(http && !is_content_type(name) && hop::is_of_a_request(name));
         if amqp {
             if let Some((attribute, _)) = attribute_in(name) {
                 let header = format!("ce-{}", attribute.to_ascii_lowercase());
@@ -298,6 +307,10 @@ fn says_the_same(property: &HeaderValue, entry: &[&HeaderValue]) -> bool {
     }
 }
 
+fn is_content_type(name: &str) -> bool {
+    name.eq_ignore_ascii_case("content-type")
+}
+
 /// Texts that can be the values of a repeated header, if they all are.
 fn texts<'a>(list: impl Iterator<Item = &'a HeaderValue>, http: bool) -> Option<Vec<String>> {
     list.map(|value| match value {
@@ -317,7 +330,9 @@ fn to_amqp<'a>(headers: impl Iterator<Item = (&'a str, &'a HeaderValue)>, http: 
             && let Some(said) = value.as_str().and_then(|json| Headers::from_json(json).ok())
         {
             told[at] = true;
-            for (name, value) in said.iter().filter(|(name, _)| !stays_behind(name, "amqp", true)) {
+            for (name, value) in
+                said.iter().filter(|(name, _)| !stays_behind(name, "amqp", Place::Amqp))
+            {
                 typed.push(name, value.clone());
             }
         }

@@ -181,6 +181,9 @@ fn header_problem(name: &str, place: Place) -> Option<&'static str> {
             "is no property that can be set: there are :content_type, :content_encoding, \
              :priority, :correlation_id, :reply_to, :timestamp, :type, :app_id and :cluster_id",
         ),
+        Place::Amqp if name.eq_ignore_ascii_case("content-type") => {
+            Some("is a property in AMQP: write :content_type")
+        }
         Place::Amqp if matches!(name, "CC" | "BCC") => {
             Some("would send the message elsewhere as well")
         }
@@ -334,7 +337,23 @@ impl ForwardHandler {
     }
 
     fn carried(&self, event: &StoredEvent) -> Headers {
-        let mut headers = carry::carry(event.headers(), &event.origin().transport, self.place);
+        // What a header of one's own takes the place of must not come along in another form.
+        let given = |name: &str| {
+            self.templates.headers.iter().any(|(given, _)| given.eq_ignore_ascii_case(name))
+        };
+        let kept: Headers;
+        let own = event.headers();
+        let own = if own.iter().any(|(name, _)| given(name)) {
+            kept = own
+                .iter()
+                .filter(|(name, _)| !given(name))
+                .map(|(name, value)| (name.into(), value.clone()))
+                .collect();
+            &kept
+        } else {
+            own
+        };
+        let mut headers = carry::carry(own, &event.origin().transport, self.place);
         // The message's own id cannot hold every event's.
         if self.is_text() && !carry::is_text(event.id(), self.place == Place::UrlPath) {
             headers.push(ID_HEADER, self.ours(event.id()));

@@ -364,12 +364,30 @@ async fn a_header_of_ones_own_is_a_template() {
         ("http", "é"),
         ("amqp", ":user_id"),
         ("amqp", "CC"),
+        ("amqp", "Content-Type"),
         ("amqp", "Pulsebus-Source"),
     ] {
         let headers = vec![(name.into(), "v".into())];
         let options = ForwardOptions { headers, ..ForwardOptions::new(kind, "x") };
         assert!(options.validate().is_err(), "{kind} {name}");
     }
+}
+
+#[tokio::test]
+async fn a_header_of_ones_own_leaves_no_other_form_of_the_old_one() {
+    let mut headers = Headers::new();
+    headers.push("x-count", HeaderValue::Int32(7));
+    headers.push("x-other", HeaderValue::Int32(8));
+    let event = by("amqp", EventParts { headers, ..parts("e1", Format::Native, "{}") });
+    let broker = Arc::new(Broker::default());
+    let publisher: Arc<dyn Publisher> = Arc::<Broker>::clone(&broker);
+    let own = vec![("X-Count".into(), "9".into())];
+    let options = ForwardOptions { headers: own, ..ForwardOptions::new("nats", "x") };
+    let handler = ForwardHandler::new("mirror", publisher, options).unwrap();
+    assert!(matches!(handler.handle(&stored(event)).await, Outcome::Done));
+    let sent = broker.taken.lock().unwrap().pop().unwrap().headers;
+    assert_eq!(sent.get_str("x-count"), Some("9"));
+    assert_eq!(sent.get_str(TYPED_HEADER), Some(r#"{"x-other":{"int32":8}}"#));
 }
 
 /// Whatever comes in by one transport and goes out by another, in whichever format, is known as

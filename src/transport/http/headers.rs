@@ -2,51 +2,7 @@
 
 use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
 
-use crate::event::Headers;
-
-/// What a request says itself, what belongs to one connection (RFC 9110, section 7.6.1), what
-/// tells a receiver to do something else than take it, and what is nobody else's business.
-const OURS: [&str; 38] = [
-    "accept",
-    "accept-charset",
-    "accept-encoding",
-    "accept-language",
-    "authorization",
-    "connection",
-    "content-encoding",
-    "content-length",
-    "content-range",
-    "content-type",
-    "cookie",
-    "cookie2",
-    "expect",
-    "forwarded",
-    "from",
-    "host",
-    "if-match",
-    "if-modified-since",
-    "if-none-match",
-    "if-range",
-    "if-unmodified-since",
-    "keep-alive",
-    "max-forwards",
-    "origin",
-    "range",
-    "referer",
-    "set-cookie",
-    "te",
-    "trailer",
-    "transfer-encoding",
-    "upgrade",
-    "user-agent",
-    "via",
-    "x-http-method",
-    "x-http-method-override",
-    "x-method-override",
-    "x-real-ip",
-    "http2-settings",
-];
-const OUR_PREFIXES: [&str; 4] = ["webhook-", "proxy-", "x-forwarded-", "access-control-"];
+use crate::{event::Headers, transport::hop};
 
 /// Those an event is not the same without, where it is understood from its headers.
 const NEEDED: [&str; 2] = ["ce-", "pulsebus-"];
@@ -62,8 +18,7 @@ pub(super) fn carried(headers: &Headers) -> Result<HeaderMap, String> {
         let begins = |prefix: &&str| {
             name.get(..prefix.len()).is_some_and(|start| start.eq_ignore_ascii_case(prefix))
         };
-        let ours = OURS.iter().any(|ours| name.eq_ignore_ascii_case(ours));
-        if ours || OUR_PREFIXES.iter().any(begins) || name.starts_with(':') {
+        if hop::is_of_a_request(name) || name.starts_with(':') {
             continue;
         }
         let Some(text) = value.to_text() else { continue };
