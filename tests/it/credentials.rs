@@ -11,22 +11,23 @@ use pulsebus::{
         postgres::{PostgresOptions, PostgresStore},
     },
     transport::{
-        PublishError, Transport as _,
+        PublishError, Room, SourceState, Transport as _,
         amqp::{AmqpOptions, AmqpTransport},
-        nats::NatsOptions,
+        nats::{NatsOptions, NatsTransport},
     },
 };
 use serde_json::{Value, json};
 
 use crate::{
+    conformance::transport::until_state,
     support::{
-        daemon::{Daemon, pulsebus},
+        daemon::{BINARY, Daemon, pulsebus},
         free_port,
         nats::NatsServer,
         postgres::PostgresServer,
         process, rabbit, wait_until,
     },
-    tls::{nats, there_and_back},
+    tls::{nats, nats_source, there_and_back},
 };
 
 fn options(server: &NatsServer) -> NatsOptions {
@@ -157,6 +158,37 @@ async fn nats_with_a_token() {
     nats(by_file).await.unwrap();
 }
 
+/// A source that is open finds the server with another password, and then the file.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn G8_a_nats_source_comes_back_with_a_rotated_url() {
+    let folder = process::folder("rotated");
+    let users = |password: &str| format!("authorization {{ user: pulse, password: {password} }}\n");
+    let mut server = configured(&folder, &users("one"));
+    let file = folder.join("url");
+    let url = |port: u16, password: &str| format!("nats://pulse:{password}@127.0.0.1:{port}\n");
+    std::fs::write(&file, url(server.port(), "one")).unwrap();
+    let by_file = NatsOptions { url: Secret::File(file.clone()), ..NatsOptions::default() };
+    let mut spec = nats_source("S");
+    let reporter = spec.reporter.clone();
+    spec.name = "rotated".into();
+    let mut consumer = NatsTransport::new(by_file).consumer(spec).await.unwrap();
+    let rotating = async {
+        until_state(&reporter, "open", |state| *state == SourceState::Consuming).await;
+        std::fs::write(folder.join("nats.conf"), users("two")).unwrap();
+        server.restart();
+        until_state(&reporter, "refused", |state| {
+            state.reason().is_some_and(|text| text.contains("refused the credentials"))
+        })
+        .await;
+        std::fs::write(&file, url(server.port(), "two")).unwrap();
+        until_state(&reporter, "back", |state| *state == SourceState::Consuming).await;
+    };
+    tokio::select! {
+        () = rotating => {}
+        deliveries = consumer.next(Room { messages: 1, bytes: 1 }) => panic!("{deliveries:?}"),
+    }
+}
+
 /// A password is changed in the database and then in the file, while the store is in use.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn G8_a_rotated_password_of_postgres_is_picked_up() {
@@ -202,6 +234,49 @@ async fn G8_a_rotated_password_of_rabbitmq_is_picked_up() {
     })
     .await;
     publisher.close().await;
+}
+
+/// The store's URL, where the database refuses it and where there is none.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_secret_of_the_store_is_shown_where_it_refuses_or_is_away() {
+    let server = PostgresServer::start_with_passwords().await;
+    let refusing = server.url_of("pulse:CANARY-store");
+    let away = format!("postgres://pulse:CANARY-store@127.0.0.1:{}/d", free_port());
+    for url in [refusing.clone(), format!("{refusing}?sslmode=verify-full"), away] {
+        let (folder, port) = (process::folder("store"), free_port());
+        let file = folder.join("pulsebus.toml");
+        let config = format!(
+            "data_dir = \"{}\"\n[http]\nlisten = \"127.0.0.1:{port}\"\n\
+             [log]\nfilter = \"trace,sqlx=trace\"\n[store]\nurl = \"{url}\"\n",
+            folder.join("data").display()
+        );
+        std::fs::write(&file, config).unwrap();
+        let log = std::fs::File::create(folder.join("log")).unwrap();
+        let mut child = process::spawn(Path::new(BINARY), |command| {
+            command.arg("--config").arg(&file).stdout(log.try_clone().unwrap()).stderr(log);
+        });
+        let client = crate::support::daemon::http();
+        let ready = format!("http://127.0.0.1:{port}/readyz");
+        let mut shown = wait_until("it says why", async || {
+            if child.try_wait().unwrap().is_some() {
+                // A refused login is for a person to mend: it has ended, and its log says so.
+                return Some(String::new());
+            }
+            let said = client.get(&ready).send().await.ok()?.text().await.ok()?;
+            said.contains("at 127.0.0.1:").then_some(said)
+        })
+        .await;
+        let _ = child.kill();
+        let _ = child.wait();
+        shown.push_str(&std::fs::read_to_string(folder.join("log")).unwrap());
+        let output = pulsebus(|run| {
+            run.args(["config", "show", "--config"]).arg(&file);
+        })
+        .await;
+        shown.push_str(&String::from_utf8(output.stdout).unwrap());
+        assert!(shown.contains("127.0.0.1") && !shown.contains("CANARY"), "{shown}");
+        assert!(!shown.contains("67, 65, 78, 65, 82, 89"), "{shown}");
+    }
 }
 
 /// Every secret a daemon can have, all of them wrong or of no use, with everything logged: each

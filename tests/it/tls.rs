@@ -1,6 +1,10 @@
 //! TLS with real servers: the right authority passes, and whatever is wrong is said.
 
-use std::{path::Path, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    process::Child,
+    time::Duration,
+};
 
 use bytes::Bytes;
 use pulsebus::{
@@ -21,6 +25,7 @@ use pulsebus::{
 use crate::{
     conformance::transport::{hold, within},
     support::{
+        PATIENCE,
         daemon::{BINARY, Daemon, pulsebus},
         nats::NatsServer,
         pki::{self, Pair, Pki},
@@ -390,6 +395,66 @@ async fn postgres_is_never_plaintext_where_tls_is_asked_for() {
 
 // The HTTP server -----------------------------------------------------------------------------
 
+/// A daemon that serves HTTPS; ends when it is dropped.
+struct Https {
+    port: u16,
+    folder: PathBuf,
+    config: PathBuf,
+    child: Child,
+}
+
+impl Https {
+    /// `more` stands in `[http]`.
+    fn start(pair: &Pair, client_ca: Option<&Path>, more: &str) -> Self {
+        let (port, folder) = (free_port(), process::folder("https"));
+        let config = folder.join("pulsebus.toml");
+        let client_ca =
+            client_ca.map(|ca| format!("client_ca_file = \"{}\"\n", path(ca))).unwrap_or_default();
+        std::fs::write(
+            &config,
+            format!(
+                "data_dir = \"{}\"\n[http]\nlisten = \"127.0.0.1:{port}\"\n{more}\n[http.tls]\n\
+                 cert_file = \"{}\"\nkey_file = \"{}\"\n{client_ca}",
+                folder.join("data").display(),
+                path(&pair.cert),
+                path(&pair.key)
+            ),
+        )
+        .unwrap();
+        let log = std::fs::File::create(folder.join("log")).unwrap();
+        let child = process::spawn(Path::new(BINARY), |command| {
+            command.arg("--config").arg(&config).stdout(log.try_clone().unwrap()).stderr(log);
+        });
+        Self { port, folder, config, child }
+    }
+
+    /// Its own command, which finds it by its configuration.
+    async fn healthcheck(&self, ca: &Path) -> bool {
+        let output = pulsebus(|command| {
+            command
+                .arg("healthcheck")
+                .arg("--ready")
+                .arg("--config")
+                .arg(&self.config)
+                .arg("--ca-file")
+                .arg(ca);
+        })
+        .await;
+        output.status.success()
+    }
+
+    async fn up(&self, ca: &Path) {
+        wait_until("it is up", async || self.healthcheck(ca).await.then_some(())).await;
+    }
+}
+
+impl Drop for Https {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
 /// A client that trusts this authority.
 fn https(ca: &Path, client: Option<&Pair>) -> reqwest::Client {
     let options = match client {
@@ -428,33 +493,9 @@ async fn the_http_server_with_tls() {
     let pki = &cases.ca;
     let folder = process::folder("https");
     let pair = pki.server().copy(&folder);
-    let port = free_port();
-    let config = folder.join("pulsebus.toml");
-    std::fs::write(
-        &config,
-        format!(
-            "data_dir = \"{}\"\n[http]\nlisten = \"127.0.0.1:{port}\"\n\
-             tls = {{ cert_file = \"{}\", key_file = \"{}\" }}\n",
-            folder.join("data").display(),
-            path(&pair.cert),
-            path(&pair.key)
-        ),
-    )
-    .unwrap();
-    let log = std::fs::File::create(folder.join("log")).unwrap();
-    let mut child = process::spawn(Path::new(BINARY), |command| {
-        command.arg("--config").arg(&config).stdout(log.try_clone().unwrap()).stderr(log);
-    });
-    // Its own commands find it by the configuration.
-    wait_until("it is up", async || {
-        let output = pulsebus(|command| {
-            command.arg("healthcheck").arg("--ready").arg("--config").arg(&config);
-            command.arg("--ca-file").arg(&pki.ca);
-        })
-        .await;
-        output.status.success().then_some(())
-    })
-    .await;
+    let daemon = Https::start(&pair, None, "");
+    daemon.up(&pki.ca).await;
+    let port = daemon.port;
     let event = "{\"id\":\"1\",\"type\":\"T\",\"data\":1}";
     let posted = https(&pki.ca, None)
         .post(format!("https://localhost:{port}/v1/events"))
@@ -485,14 +526,12 @@ async fn the_http_server_with_tls() {
     }
     std::fs::write(&pair.cert, "nothing").unwrap();
     wait_until("it is said", async || {
-        let log = std::fs::read_to_string(folder.join("log")).unwrap();
+        let log = std::fs::read_to_string(daemon.folder.join("log")).unwrap();
         // Looked at when somebody connects.
         assert!(handlers(port, "https", ca).await.is_ok());
         log.contains("stays in use").then_some(())
     })
     .await;
-    child.kill().unwrap();
-    child.wait().unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -504,24 +543,8 @@ async fn a_client_without_certificate_and_a_server_without_tls_are_told_so() {
     assert!(error.contains(PLAIN), "{error}");
 
     let pki = &cases.ca;
-    let (pair, port) = (pki.server(), free_port());
-    let folder = process::folder("https");
-    let config = folder.join("pulsebus.toml");
-    std::fs::write(
-        &config,
-        format!(
-            "data_dir = \"{}\"\n[http]\nlisten = \"127.0.0.1:{port}\"\n[http.tls]\n\
-             cert_file = \"{}\"\nkey_file = \"{}\"\nclient_ca_file = \"{}\"\n",
-            folder.join("data").display(),
-            path(&pair.cert),
-            path(&pair.key),
-            path(&pki.ca)
-        ),
-    )
-    .unwrap();
-    let mut child = process::spawn(Path::new(BINARY), |command| {
-        command.arg("--config").arg(&config);
-    });
+    let daemon = Https::start(&pki.server(), Some(&pki.ca), "");
+    let port = daemon.port;
     let known = https(&pki.ca, Some(&pki.client("me")));
     let url = format!("https://127.0.0.1:{port}/healthz");
     wait_until("it is up", async || {
@@ -531,6 +554,22 @@ async fn a_client_without_certificate_and_a_server_without_tls_are_told_so() {
     assert!(https(&pki.ca, None).get(&url).send().await.is_err());
     let error = handlers(port, "https", Some(&pki.ca)).await.unwrap_err();
     assert!(error.contains(CLIENT), "{error}");
-    child.kill().unwrap();
-    child.wait().unwrap();
+}
+
+/// Handshakes count among the connections, hold up nobody else, and do not last.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn G7_a_handshake_that_does_not_go_on_gives_its_place_back() {
+    let pki = Pki::new();
+    let daemon = Https::start(&pki.server(), None, "max_connections = 2");
+    daemon.up(&pki.ca).await;
+    let silent = async || tokio::net::TcpStream::connect(("127.0.0.1", daemon.port)).await.unwrap();
+    let mut first = silent().await;
+    assert!(daemon.healthcheck(&pki.ca).await, "one that says nothing holds up another");
+    let _second = silent().await;
+    // There is no place now; the daemon hangs up on those that say nothing, and there is again.
+    wait_until("a place", async || daemon.healthcheck(&pki.ca).await.then_some(())).await;
+    let mut said = [0; 16];
+    let ended = tokio::io::AsyncReadExt::read(&mut first, &mut said);
+    let ended = tokio::time::timeout(PATIENCE, ended).await.expect("it was hung up on");
+    assert!(matches!(ended, Ok(0) | Err(_)), "{ended:?}");
 }

@@ -696,3 +696,28 @@ fn the_login_of_a_nats_url_is_kept_and_not_shown() {
     let text = "transports.n = { kind = \"nats\", url = \"nats://t@a\", nkey = \"SUA\" }";
     assert!(Given::file(text).errors()[0].contains("several ways"));
 }
+
+#[test]
+fn a_database_elsewhere_without_a_word_about_tls_is_doubted() {
+    for (url, doubted) in [
+        ("postgres://u:p@db.example/d", true),
+        ("postgres://u:p@10.0.0.5/d?application_name=x", true),
+        ("postgres://u:p@[2001:db8::1]/d", true),
+        ("postgres:///d?host=10.0.0.5", true),
+        ("postgres://u:p@db.example/d?sslmode=prefer", false),
+        ("postgres://u:p@db.example/d?sslmode=disable", false),
+        ("postgres://u:p@localhost/d", false),
+        ("postgres://u:p@127.0.0.2/d", false),
+        ("postgres://u:p@[::1]/d", false),
+        ("postgres://u:p@%2Fvar%2Frun%2Fpostgresql/d", false),
+        ("postgres:///d?host=/var/run/postgresql", false),
+        ("sqlite:x.db", false),
+    ] {
+        let warnings = Given::file(&format!("store.url = \"{url}\"")).loaded().warnings;
+        let said = warnings.iter().any(|w| w.key == "store.url" && w.problem.contains("sslmode"));
+        assert_eq!(said, doubted, "{url}: {warnings:?}");
+        assert_eq!(warnings.len(), usize::from(doubted), "{url}: {warnings:?}");
+    }
+    let verified = "store = { url = \"postgres://u:p@db.example/d\", tls = {} }";
+    assert!(Given::file(verified).loaded().warnings.is_empty());
+}
