@@ -237,13 +237,16 @@ impl Log {
     }
 }
 
-/// Takes at least this many messages, settling none.
-pub(crate) async fn hold(consumer: &mut dyn Consumer, at_least: usize) -> Vec<Deliveries> {
+/// Takes this many messages, or a few more where the transport hands over groups; settles none.
+pub(crate) async fn hold(consumer: &mut dyn Consumer, wanted: usize) -> Vec<Deliveries> {
     let mut held: Vec<Deliveries> = Vec::new();
     within("messages to hold", async {
-        while held.iter().map(|d| d.messages.len()).sum::<usize>() < at_least {
-            let room = Room { messages: at_least, ..ROOM };
+        let mut count = 0;
+        while count < wanted {
+            // No more than is wanted: what is left is for whoever asks next.
+            let room = Room { messages: wanted - count, ..ROOM };
             held.push(consumer.next(room).await.expect("the consumer ended"));
+            count = held.iter().map(|d| d.messages.len()).sum();
         }
     })
     .await;
