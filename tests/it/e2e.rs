@@ -154,9 +154,10 @@ workers = 2
             if Instant::now() > deadline {
                 let ready = self.daemon.get("/readyz").await;
                 let handlers = self.daemon.get("/v1/handlers").await;
+                let newest = self.daemon.get("/v1/events?order=desc&limit=1").await;
                 let log = self.daemon.log();
                 let tail = &log[log.len().saturating_sub(6_000)..];
-                panic!("not in time: {what}\n{ready:?}\n{handlers:?}\n{tail}");
+                panic!("not in time: {what}\n{ready:?}\n{handlers:?}\n{newest:?}\n{tail}");
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
         }

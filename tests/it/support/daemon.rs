@@ -126,8 +126,18 @@ impl Daemon {
 
     /// The last position in the log; 0 while it is empty or nobody answers.
     pub(crate) async fn head(&self) -> u64 {
-        let newest = self.json("/v1/events?order=desc&limit=1").await;
-        newest.and_then(|page| page["events"][0]["position"].as_u64()).unwrap_or(0)
+        /// Only what is asked for: not every body is a value that serde can hold (`1e400`).
+        #[derive(serde::Deserialize)]
+        struct Page {
+            events: Vec<Row>,
+        }
+        #[derive(serde::Deserialize)]
+        struct Row {
+            position: u64,
+        }
+        let Some(text) = self.get("/v1/events?order=desc&limit=1").await else { return 0 };
+        let page: Option<Page> = serde_json::from_str(&text).ok();
+        page.and_then(|page| page.events.first().map(|row| row.position)).unwrap_or(0)
     }
 
     /// The position of a handler; 0 while nobody answers.
