@@ -87,6 +87,7 @@
 //! | [`bus`] | puts these together; starts, drains | |
 //! | [`config`] | file, environment, flags; checked settings | |
 //! | [`api`] | the HTTP server | |
+//! | [`doctor`] | looks at live brokers, stores and targets | |
 //! | [`telemetry`] | logs and metrics | |
 //! | [`retry`], [`secret`], [`tls`] | how soon to try again; what must not be printed; certificates from files | |
 //!
@@ -112,6 +113,7 @@ pub mod api;
 pub mod bus;
 pub mod config;
 pub mod dispatch;
+pub mod doctor;
 pub mod event;
 pub mod handler;
 pub mod ingest;

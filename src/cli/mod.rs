@@ -9,6 +9,7 @@ mod client;
 mod completions;
 mod config;
 mod dead_letters;
+mod doctor;
 mod events;
 mod handlers;
 mod healthcheck;
@@ -99,6 +100,8 @@ enum Command {
     Run,
     /// Checks the configuration and says everything that is wrong, without connecting
     Check(check::Args),
+    /// Connects to everything and says what would lose events or hold them up
+    Doctor(doctor::Args),
     /// Publishes events
     Publish(publish::Args),
     /// Looks at the event log
@@ -199,6 +202,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
     match cli.command {
         None | Some(Command::Run) => return Ok(run::run(settings.load()?)),
         Some(Command::Check(args)) => return check::check(&settings, &args),
+        Some(Command::Doctor(args)) => return block_on(doctor::run(&settings, &args)),
         Some(Command::Config(command)) => config::run(&settings, &command)?,
         Some(Command::Completions(args)) => completions::run(&args)?,
         Some(Command::Publish(args)) => return block_on(publish::run(&settings, args)),

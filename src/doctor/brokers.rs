@@ -1,0 +1,8 @@
+//! Sources and destinations, through their transports.
+
+use super::Report;
+use crate::config::Settings;
+
+pub(super) async fn examine(_settings: &Settings) -> Report {
+    Report::default()
+}
