@@ -1,4 +1,6 @@
-//! `events list`, `get` and `tail`.
+//! `events list`, `get`, `tail` and `export`.
+
+mod export;
 
 use std::{io::Write, time::Duration};
 
@@ -27,9 +29,11 @@ pub(super) enum Command {
     Get(Get),
     /// Prints the last events, then new ones as they come
     Tail(Tail),
+    /// Writes events as lines of JSON, all there are or a range
+    Export(export::Export),
 }
 
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Default, clap::Args)]
 pub(super) struct Filter {
     /// Only events of this type
     #[arg(long = "type", value_name = "TYPE")]
@@ -123,6 +127,10 @@ pub(super) async fn run(settings: &SettingsArgs, command: Command) -> Result<(),
             let client = args.client.client(settings)?;
             tail(&client, &args, &mut std::io::stdout()).await
         }
+        Command::Export(args) => {
+            let client = args.client.client(settings)?;
+            export::export(&client, &args, &mut std::io::stdout()).await
+        }
     }
 }
 
@@ -143,9 +151,6 @@ async fn list(client: &Client, args: &List, out: &mut dyn Write) -> Result<(), F
             Some(0) | None => break,
             next => next,
         };
-        if page.len() < asked {
-            break;
-        }
     }
     if first && !args.client.json {
         output::print_to(out, "no events")?;

@@ -17,8 +17,8 @@ use crate::cli::{Cli, Command as Any};
 
 /// A log of so many events; it is away for one request after each `away` of them.
 #[derive(Clone)]
-struct Log {
-    head: Arc<AtomicU64>,
+pub(super) struct Log {
+    pub(super) head: Arc<AtomicU64>,
     asked: Arc<AtomicU64>,
     away: u64,
 }
@@ -33,7 +33,7 @@ fn answer(log: &Log, query: &HashMap<String, String>) -> axum::response::Respons
     let number = |name: &str| query.get(name).map(|n| n.parse::<u64>().unwrap());
     let head = log.head.load(Ordering::SeqCst);
     // Pages are smaller than what may be asked for.
-    let limit = number("limit").unwrap().min(500) as usize;
+    let limit = number("limit").unwrap().min(400) as usize;
     let positions: Vec<u64> = match query["order"].as_str() {
         "asc" => (number("from").unwrap_or(1)..=head).take(limit).collect(),
         _ => (1..=number("from").unwrap_or(head).min(head)).rev().take(limit).collect(),
@@ -47,7 +47,11 @@ fn answer(log: &Log, query: &HashMap<String, String>) -> axum::response::Respons
     json.into_response()
 }
 
-async fn with_log<T>(head: u64, away: u64, test: impl AsyncFnOnce(String, Log) -> T) -> T {
+pub(super) async fn with_log<T>(
+    head: u64,
+    away: u64,
+    test: impl AsyncFnOnce(String, Log) -> T,
+) -> T {
     let log = Log { head: Arc::new(head.into()), asked: Arc::default(), away };
     let served = log.clone();
     let app = Router::new().route(
@@ -62,13 +66,14 @@ async fn with_log<T>(head: u64, away: u64, test: impl AsyncFnOnce(String, Log) -
     }
 }
 
-fn parsed(url: &str, args: &[&str]) -> (Client, Command) {
+pub(super) fn parsed(url: &str, args: &[&str]) -> (Client, Command) {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let args = [&["pulsebus", "events"], args, &["--url", url]].concat();
     let cli = Cli::parse_from(args);
     let Some(Any::Events(command)) = cli.command else { panic!() };
     let (Command::List(List { client, .. })
     | Command::Tail(Tail { client, .. })
+    | Command::Export(export::Export { client, .. })
     | Command::Get(Get { client, .. })) = &command;
     (client.client(&cli.settings).unwrap(), command)
 }
