@@ -10,6 +10,7 @@ mod front;
 mod handlers;
 mod ingest;
 mod listener;
+mod openapi;
 mod problem;
 mod quarantine;
 mod redrives;
@@ -155,6 +156,7 @@ impl Api {
             .route("/v1/quarantine/{number}", get(quarantine::one))
             .route("/v1/search/{handler}", get(search::search))
             .route("/metrics", get(status::metrics))
+            .route("/openapi.json", get(openapi::document))
             .layer(middleware::from_fn_with_state(Arc::clone(&state), access::check));
         Router::new()
             .merge(guarded)

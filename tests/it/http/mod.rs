@@ -2,6 +2,7 @@
 
 mod access;
 mod ingest;
+mod openapi;
 mod read;
 mod redrive;
 mod status;
