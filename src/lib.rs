@@ -123,3 +123,8 @@ pub mod store;
 pub mod telemetry;
 pub mod tls;
 pub mod transport;
+
+/// The code in docs/extending.md, compiled and run.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/extending.md")]
+mod extending {}
