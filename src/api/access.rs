@@ -1,6 +1,9 @@
 //! Who may ask: a bearer token, or, without one, only this machine's own programs.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{
+    net::IpAddr,
+    sync::{Arc, PoisonError, RwLock},
+};
 
 use axum::{
     extract::{Request, State as Extract},
@@ -10,7 +13,27 @@ use axum::{
 };
 use subtle::ConstantTimeEq as _;
 
-use super::{ApiOptions, Problem, State};
+use super::{Problem, State};
+use crate::secret::Secret;
+
+/// What clients present, for as long as no reload says otherwise. Clones are the same.
+#[derive(Clone, Default)]
+pub(super) struct Token(Arc<RwLock<Option<Secret>>>);
+
+impl Token {
+    pub(super) fn new(token: Option<Secret>) -> Self {
+        Self(Arc::new(RwLock::new(token)))
+    }
+
+    /// Counts from the next request on.
+    pub(super) fn set(&self, token: Option<Secret>) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = token;
+    }
+
+    fn get(&self) -> Option<Secret> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
 
 /// Lets a request through, or answers it.
 pub(super) async fn check(
@@ -18,13 +41,13 @@ pub(super) async fn check(
     request: Request,
     next: Next,
 ) -> Result<Response, Problem> {
-    allowed(&state.api.options, request.headers(), request.uri())?;
+    allowed(&state.token, request.headers(), request.uri())?;
     Ok(next.run(request).await)
 }
 
 /// Whether this request may be served, beyond how healthy the server is.
-pub(super) fn allowed(options: &ApiOptions, headers: &HeaderMap, uri: &Uri) -> Result<(), Problem> {
-    let Some(token) = &options.token else {
+pub(super) fn allowed(token: &Token, headers: &HeaderMap, uri: &Uri) -> Result<(), Problem> {
+    let Some(token) = token.get() else {
         return local(headers, uri.authority().map(|authority| authority.host()));
     };
     // Read anew, so that a rotated file counts from the next request on.

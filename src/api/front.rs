@@ -15,8 +15,16 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt as _;
 
-use super::{Api, ApiOptions, Problem, access, serve, status};
-use crate::bus::{Composed, Starting};
+use super::{
+    Api, ApiOptions, Problem, ServerTls,
+    access::{self, Token},
+    serve, status,
+    tls::Tls,
+};
+use crate::{
+    bus::{Composed, Starting},
+    secret::Secret,
+};
 
 /// A server that is up before its bus is. Cheap to clone; clones are the same server.
 #[derive(Clone)]
@@ -26,6 +34,8 @@ pub struct Front {
 
 struct Inner {
     options: ApiOptions,
+    token: Token,
+    tls: Tls,
     starting: Starting,
     stop: CancellationToken,
     open: OnceLock<Router>,
@@ -36,38 +46,48 @@ impl Front {
     /// Cancelling `stop` drains it.
     #[must_use]
     pub fn new(options: ApiOptions, starting: Starting, stop: CancellationToken) -> Self {
+        let (token, tls) = (Token::new(options.token.clone()), Tls::default());
         let open = OnceLock::new();
-        Self { inner: Arc::new(Inner { options, starting, stop, open }) }
+        Self { inner: Arc::new(Inner { options, token, tls, starting, stop, open }) }
     }
 
     /// Serves until drained, like [`Api::serve`].
     ///
     /// # Errors
-    /// Where the listener fails for good.
+    /// Where the listener fails for good, or certificate and key cannot be used.
     pub async fn serve(self, listener: TcpListener) -> io::Result<()> {
         let inner = Arc::clone(&self.inner);
+        let tls = inner.options.tls.clone().map(ServerTls::open).transpose();
+        inner.tls.set(tls.map_err(io::Error::other)?);
         let router = Router::new().fallback(pass).with_state(self);
-        serve(listener, router, &inner.options, inner.stop.clone()).await
+        serve(listener, router, &inner.options, inner.tls.clone(), inner.stop.clone()).await
+    }
+
+    /// From now on this is what clients present, and what connections speak: the token counts from
+    /// the next request on, TLS from the next connection on.
+    pub fn admit(&self, token: Option<Secret>, tls: Option<ServerTls>) {
+        self.inner.token.set(token);
+        self.inner.tls.set(tls);
     }
 
     /// From now on requests are for this bus. The first one counts.
     pub fn open(&self, composed: Composed) {
-        let Inner { options, stop, open, .. } = &*self.inner;
-        let Composed { bus, ingress, searches } = composed;
+        let Inner { options, token, stop, open, .. } = &*self.inner;
+        let Composed { bus, ingress, searches, .. } = composed;
         let api = Api { bus, ingress, searches, options: options.clone() };
-        let _ = open.set(api.router(stop.clone()));
+        let _ = open.set(api.router(token.clone(), stop.clone()));
     }
 }
 
 async fn pass(Extract(front): Extract<Front>, request: Request) -> Response {
-    let Inner { options, starting, open, .. } = &*front.inner;
+    let Inner { token, starting, open, .. } = &*front.inner;
     if let Some(router) = open.get() {
         return match router.clone().oneshot(request).await {
             Ok(answer) => answer,
             Err(never) => match never {},
         };
     }
-    let allowed = access::allowed(options, request.headers(), request.uri());
+    let allowed = access::allowed(token, request.headers(), request.uri());
     let component = starting.component();
     match (request.uri().path(), allowed) {
         ("/healthz", _) => status::healthz().await.into_response(),
@@ -119,7 +139,12 @@ mod tests {
 
     async fn composed() -> Composed {
         let bus = EventBus::builder().build().await.unwrap();
-        Composed { bus, ingress: None, searches: Default::default() }
+        Composed {
+            bus,
+            ingress: None,
+            searches: Default::default(),
+            transports: Default::default(),
+        }
     }
 
     #[tokio::test]

@@ -18,24 +18,19 @@ use tokio::{
     time::{Instant, Sleep},
 };
 
-use super::tls::{Certificates, Stream};
+use super::tls::{Stream, Tls};
 
 pub(super) struct Limited {
     listener: TcpListener,
     places: Arc<Semaphore>,
     patience: Duration,
-    tls: Option<Certificates>,
+    tls: Tls,
 }
 
 impl Limited {
     /// At most `max` connections, those that handshake included; see [`Connection`] for
     /// `patience`.
-    pub(super) fn new(
-        listener: TcpListener,
-        max: usize,
-        patience: Duration,
-        tls: Option<Certificates>,
-    ) -> Self {
+    pub(super) fn new(listener: TcpListener, max: usize, patience: Duration, tls: Tls) -> Self {
         let max = max.clamp(1, Semaphore::MAX_PERMITS);
         Self { listener, places: Arc::new(Semaphore::new(max)), patience, tls }
     }
@@ -53,11 +48,7 @@ impl Listener for Limited {
         let (stream, address) = Listener::accept(&mut self.listener).await;
         // An answer is written in one go; waiting for more to send only delays it.
         let _ = stream.set_nodelay(true);
-        let stream = match &mut self.tls {
-            None => Stream::Plain(stream),
-            Some(certificates) => certificates.stream(stream),
-        };
-        (Connection::new(stream, self.patience, Some(place)), address)
+        (Connection::new(self.tls.stream(stream), self.patience, Some(place)), address)
     }
 
     fn local_addr(&self) -> io::Result<SocketAddr> {

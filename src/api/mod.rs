@@ -20,7 +20,7 @@ mod stream;
 mod tls;
 mod view;
 
-use std::{collections::BTreeMap, io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::{
     Router, middleware,
@@ -30,14 +30,17 @@ use tokio::{net::TcpListener, sync::Semaphore};
 use tokio_util::sync::CancellationToken;
 use tower_http::catch_panic::CatchPanicLayer;
 
-use self::listener::Limited;
+use self::{access::Token, listener::Limited, tls::Tls};
 use crate::{
-    bus::EventBus, handler::search::SearchHandler, secret::Secret, tls::ServerTlsOptions,
+    bus::{EventBus, Searches},
+    secret::Secret,
+    tls::ServerTlsOptions,
     transport::http::HttpIngress,
 };
 
 pub use front::Front;
 pub use problem::Problem;
+pub use tls::ServerTls;
 
 /// Bounds and access of the server.
 #[derive(Debug, Clone)]
@@ -79,13 +82,14 @@ pub struct Api {
     /// Where posted events go; `None`: nowhere.
     pub ingress: Option<HttpIngress>,
     /// The search indexes by handler name.
-    pub searches: BTreeMap<Arc<str>, Arc<SearchHandler>>,
+    pub searches: Searches,
     /// Bounds and access.
     pub options: ApiOptions,
 }
 
 struct State {
     api: Api,
+    token: Token,
     /// Event streams at once.
     streams: Arc<Semaphore>,
     /// What bodies being read, or read and not answered, may hold.
@@ -123,13 +127,16 @@ impl Api {
     /// Where the listener fails for good, or certificate and key cannot be used.
     pub async fn serve(self, listener: TcpListener, stop: CancellationToken) -> io::Result<()> {
         let options = self.options.clone();
-        serve(listener, self.router(stop.clone()), &options, stop).await
+        let tls = Tls::default();
+        tls.set(options.tls.clone().map(ServerTls::open).transpose().map_err(io::Error::other)?);
+        let token = Token::new(options.token.clone());
+        serve(listener, self.router(token, stop.clone()), &options, tls, stop).await
     }
 
-    fn router(self, stop: CancellationToken) -> Router {
+    fn router(self, token: Token, stop: CancellationToken) -> Router {
         let streams = Arc::new(Semaphore::new(MAX_STREAMS));
         let bodies = Arc::new(Semaphore::new(self.options.body_permits()));
-        let state = Arc::new(State { api: self, streams, bodies, stop });
+        let state = Arc::new(State { api: self, token, streams, bodies, stop });
         let guarded = Router::new()
             .route("/v1/events", post(ingest::append).get(events::list))
             .route("/v1/events/stream", get(stream::stream))
@@ -173,10 +180,9 @@ async fn serve(
     listener: TcpListener,
     router: Router,
     options: &ApiOptions,
+    tls: Tls,
     stop: CancellationToken,
 ) -> io::Result<()> {
-    let tls = options.tls.clone().map(tls::Certificates::new).transpose();
-    let tls = tls.map_err(io::Error::other)?;
     let listener = Limited::new(listener, options.max_connections, options.patience(), tls);
     axum::serve(listener, router)
         .with_graceful_shutdown(async move { stop.cancelled().await })

@@ -39,8 +39,8 @@ pub(super) async fn search(
 ) -> Result<Json<SearchPage>, Problem> {
     let handler = segment(handler)?;
     let params = params(query)?;
-    let Some(search) = state.api.searches.get(&*handler) else {
-        let names: Vec<_> = state.api.searches.keys().collect();
+    let Some(search) = state.api.searches.get(&handler) else {
+        let names = state.api.searches.names();
         return Err(Problem::new(
             StatusCode::NOT_FOUND,
             format!("no search handler is called `{handler}`"),

@@ -30,7 +30,7 @@ pub(super) async fn readyz(
     headers: HeaderMap,
     uri: Uri,
 ) -> (StatusCode, Json<Readiness>) {
-    let allowed = access::allowed(&state.api.options, &headers, &uri).is_ok();
+    let allowed = access::allowed(&state.token, &headers, &uri).is_ok();
     readiness(state.api.bus.components(), allowed)
 }
 

@@ -5,7 +5,7 @@ use std::{
     os::unix::fs::MetadataExt as _,
     path::Path,
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll, ready},
     time::{Duration, Instant, SystemTime},
 };
@@ -26,8 +26,28 @@ const HANDSHAKE: Duration = Duration::from_secs(10);
 /// How often the files are looked at, at most.
 const LOOK: Duration = Duration::from_secs(2);
 
-/// The certificate and key in use, and when they were read.
-pub(super) struct Certificates {
+/// What new connections are to speak: TLS with these certificates, or plain HTTP. Clones are the
+/// same.
+#[derive(Clone, Default)]
+pub(super) struct Tls(Arc<Mutex<Option<ServerTls>>>);
+
+impl Tls {
+    /// Counts from the next connection on.
+    pub(super) fn set(&self, tls: Option<ServerTls>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = tls;
+    }
+
+    /// Begins a handshake where there is to be one; whoever reads or writes goes on with it.
+    pub(super) fn stream(&self, stream: TcpStream) -> Stream {
+        match &mut *self.0.lock().unwrap_or_else(PoisonError::into_inner) {
+            None => Stream::Plain(stream),
+            Some(tls) => tls.stream(stream),
+        }
+    }
+}
+
+/// A certificate and key that were read and fit each other. Renewed files are noticed.
+pub struct ServerTls {
     options: ServerTlsOptions,
     config: Arc<ServerConfig>,
     stamps: Vec<Stamp>,
@@ -37,8 +57,18 @@ pub(super) struct Certificates {
 /// What tells a renewed file from the old one; `None`: it is not there.
 type Stamp = Option<(SystemTime, u64, u64)>;
 
-impl Certificates {
-    pub(super) fn new(options: ServerTlsOptions) -> Result<Self, TlsError> {
+impl std::fmt::Debug for ServerTls {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ServerTls").field("options", &self.options).finish_non_exhaustive()
+    }
+}
+
+impl ServerTls {
+    /// Reads the files.
+    ///
+    /// # Errors
+    /// Where they cannot be read, or do not fit each other.
+    pub fn open(options: ServerTlsOptions) -> Result<Self, TlsError> {
         // Stamps first: what changes while it is read is read again.
         let stamps = stamps(&options);
         let config = Arc::new(server_config(&options)?);
@@ -69,8 +99,7 @@ impl Certificates {
         Arc::clone(&self.config)
     }
 
-    /// Begins a handshake; whoever reads or writes goes on with it.
-    pub(super) fn stream(&mut self, stream: TcpStream) -> Stream {
+    fn stream(&mut self, stream: TcpStream) -> Stream {
         let accept = TlsAcceptor::from(self.current()).accept(stream);
         Stream::Shaking(Handshake {
             accept: Box::new(accept),

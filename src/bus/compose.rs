@@ -9,7 +9,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use super::{Component, EventBus, Health, lock};
+use super::{Component, EventBus, Health, Searches, lock};
 use crate::{
     config::{
         DeadLetterSettings, ForwardSettings, HandlerKind, HandlerSettings, INGEST, LogLevel,
@@ -47,7 +47,9 @@ pub struct Composed {
     /// Where posted events go, if a source takes them.
     pub ingress: Option<HttpIngress>,
     /// The search indexes by handler name.
-    pub searches: BTreeMap<Arc<str>, Arc<SearchHandler>>,
+    pub searches: Searches,
+    /// The transports by name, that of the endpoint among them.
+    pub transports: BTreeMap<Arc<str>, Arc<dyn Transport>>,
 }
 
 /// Why a bus could not be composed.
@@ -174,7 +176,7 @@ impl Starting {
 }
 
 /// Why something could not be opened.
-enum Trouble {
+pub(super) enum Trouble {
     /// It may work later.
     Passing(String),
     Lasting(ComposeError),
@@ -235,12 +237,9 @@ async fn compose_bus(settings: &Settings, starting: &Starting) -> Result<Compose
             HandlerKind::Forward(forward) => {
                 open_forward(name, forward, settings, &transports).await?
             }
-            HandlerKind::Log { level } => Arc::new(LogHandler::new(&**name, level_of(*level))),
+            HandlerKind::Log { level } => log_handler(name, *level),
         };
-        let mut options = handler_options(name, handler)?;
-        if let Some(to) = &handler.dead_letter {
-            options.dead_letter = Some(open_dead_letter(name, to, &transports).await?);
-        }
+        let options = open_options(name, handler, &transports).await?;
         // Nothing else registers handlers while composing, and the bus is not draining.
         if bus.register_handler_with(handle, options).await.is_err() {
             break;
@@ -248,15 +247,34 @@ async fn compose_bus(settings: &Settings, starting: &Starting) -> Result<Compose
     }
     bus.start_worker_pool(DEFAULT_WORKERS);
 
-    let sources = settings.sources.len().max(1);
     let mut takes_http = false;
     for (name, source) in &settings.sources {
         if let Some(transport) = transports.get(&source.transport) {
             takes_http |= *source.transport == *INGEST;
-            bus.add_source(source_of(name, source, transport, settings, sources));
+            bus.add_source(source_of(name, source, transport, settings));
         }
     }
-    Ok(Composed { bus, ingress: takes_http.then_some(ingress), searches })
+    let ingress = takes_http.then_some(ingress);
+    let shelf = Searches::default();
+    shelf.set(searches);
+    Ok(Composed { bus, ingress, searches: shelf, transports })
+}
+
+pub(super) fn log_handler(name: &str, level: LogLevel) -> Arc<dyn EventHandler> {
+    Arc::new(LogHandler::new(name, level_of(level)))
+}
+
+/// How a handler is run, with where its dead letters go.
+pub(super) async fn open_options(
+    name: &Arc<str>,
+    handler: &HandlerSettings,
+    transports: &BTreeMap<Arc<str>, Arc<dyn Transport>>,
+) -> Result<HandlerOptions, ComposeError> {
+    let mut options = handler_options(name, handler)?;
+    if let Some(to) = &handler.dead_letter {
+        options.dead_letter = Some(open_dead_letter(name, to, transports).await?);
+    }
+    Ok(options)
 }
 
 /// What this daemon calls itself when it claims handlers: the same after a restart, so that it
@@ -309,7 +327,10 @@ async fn open_store(settings: &Settings) -> Result<Arc<dyn EventStore>, Trouble>
     })
 }
 
-async fn open_search(name: &Arc<str>, options: SearchOptions) -> Result<SearchHandler, Trouble> {
+pub(super) async fn open_search(
+    name: &Arc<str>,
+    options: SearchOptions,
+) -> Result<SearchHandler, Trouble> {
     let owned = name.to_string();
     // Opening reads the index as a whole.
     let opened = tokio::task::spawn_blocking(move || SearchHandler::open(owned, options)).await;
@@ -364,7 +385,7 @@ pub fn open_transport(
     })
 }
 
-async fn open_forward(
+pub(super) async fn open_forward(
     name: &Arc<str>,
     forward: &ForwardSettings,
     settings: &Settings,
@@ -444,12 +465,17 @@ fn handler_options(
     })
 }
 
-fn source_of(
+/// What each source may hold, in bytes: the bound is over all of them; one event always fits.
+pub(super) fn share(settings: &Settings) -> usize {
+    (settings.limits.ingest_bytes / settings.sources.len().max(1))
+        .max(settings.limits.max_event_bytes)
+}
+
+pub(super) fn source_of(
     name: &Arc<str>,
     source: &SourceSettings,
     transport: &Arc<dyn Transport>,
     settings: &Settings,
-    sources: usize,
 ) -> Source {
     Source {
         name: Arc::clone(name),
@@ -457,12 +483,7 @@ fn source_of(
         params: source.params.clone(),
         competing: source.competing,
         decoder: source.decoder.clone(),
-        options: IngestOptions {
-            // The bound is over all sources; one event always fits.
-            max_held_bytes: (settings.limits.ingest_bytes / sources)
-                .max(settings.limits.max_event_bytes),
-            ..IngestOptions::default()
-        },
+        options: IngestOptions { max_held_bytes: share(settings), ..IngestOptions::default() },
     }
 }
 

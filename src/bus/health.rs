@@ -40,7 +40,7 @@ pub enum Health {
 /// A part of the bus and how it is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Component {
-    /// `store`, `source:NAME` or `handler:NAME`.
+    /// `store`, `source:NAME`, `handler:NAME`, or `config` where a reload left something to say.
     pub component: String,
     /// How ready it is.
     pub health: Health,
@@ -87,7 +87,8 @@ impl EventBus {
         lock(&self.inner.handlers).values().map(|handler| handler.status().snapshot()).collect()
     }
 
-    /// The store, every source and every handler, and how ready each is.
+    /// The store, every source and every handler, and how ready each is; and what a reload left to
+    /// say.
     #[must_use]
     pub fn components(&self) -> Vec<Component> {
         let (health, state, reason) = match self.inner.log.health() {
@@ -140,7 +141,13 @@ impl EventBus {
             state: rebuild.state.as_str(),
             reason: Some(format!("rebuilding, at position {}", rebuild.position)),
         });
-        std::iter::once(store).chain(sources).chain(handlers).chain(rebuilds).collect()
+        let config = lock(&self.inner.config).clone();
+        std::iter::once(store)
+            .chain(sources)
+            .chain(handlers)
+            .chain(rebuilds)
+            .chain(config)
+            .collect()
     }
 
     /// Brings the gauges up to date and returns `/metrics`.

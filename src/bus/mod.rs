@@ -11,6 +11,8 @@ mod health;
 mod operate;
 mod rebuild;
 mod reingest;
+mod reload;
+mod searches;
 mod turns;
 
 pub use builder::EventBusBuilder;
@@ -18,6 +20,8 @@ pub use compose::{ComposeError, Composed, Starting, compose, open_transport};
 pub use health::{Component, Health, SourceSnapshot};
 pub use operate::RewindTo;
 pub use rebuild::Rebuilding;
+pub use reload::{Prepared, Reloader};
+pub use searches::Searches;
 
 use std::{
     collections::BTreeMap,
@@ -26,7 +30,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::sync::Notify;
+use tokio::{sync::Notify, task::JoinHandle};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use self::{handlers::Registered, rebuild::Rebuild, reingest::Reingest, turns::Turns};
@@ -69,6 +73,8 @@ struct Inner {
     _instance_lock: Option<Arc<File>>,
     lease: Duration,
     sources: Arc<Mutex<BTreeMap<Arc<str>, RunningSource>>>,
+    /// How the last reload went, where there is something to say.
+    config: Mutex<Option<Component>>,
     /// Read models that are being built anew, by the handler they are for.
     rebuilds: Mutex<BTreeMap<Arc<str>, Rebuild>>,
     /// Tells the task that takes quarantine entries up.
@@ -92,6 +98,8 @@ struct RunningSource {
     transport: &'static str,
     decoder: DecoderOptions,
     reporter: Reporter,
+    stop: CancellationToken,
+    task: JoinHandle<Option<()>>,
 }
 
 /// What an emitted event has become.
@@ -208,6 +216,7 @@ impl EventBus {
                 _instance_lock: instance_lock,
                 lease,
                 sources,
+                config: Mutex::default(),
                 redrive_started,
                 rebuilds: Mutex::default(),
                 handlers: Mutex::default(),
@@ -298,25 +307,24 @@ impl EventBus {
         let inner = &self.inner;
         let name = Arc::clone(&source.name);
         let reporter = Reporter::new(Arc::clone(&name));
-        let running = RunningSource {
-            transport: source.transport.kind(),
-            decoder: source.decoder.clone(),
-            reporter: reporter.clone(),
-        };
-        lock(&inner.sources).insert(name, running);
+        let (transport, decoder) = (source.transport.kind(), source.decoder.clone());
         let (log, metrics) = (Arc::clone(&inner.log), inner.metrics.clone());
-        let (stop, abort) = (inner.stop_sources.clone(), inner.abort.clone());
+        let (stop, abort) = (inner.stop_sources.child_token(), inner.abort.clone());
+        let ends = stop.clone();
         let own = source.competing || matches!(source.transport.kind(), "http" | "memory");
-        if own || !log.store().is_shared() {
+        let task = if own || !log.store().is_shared() {
             let run = ingest::run(source, reporter.clone(), log, metrics, stop);
-            inner.source_tasks.spawn(async move { abort.run_until_cancelled(run).await });
+            inner.source_tasks.spawn(async move { abort.run_until_cancelled(run).await })
         } else {
             let (owner, lease) = (Arc::clone(&inner.instance), inner.lease);
             let turns = Turns { source, reporter: reporter.clone(), log, metrics, owner, lease };
             inner
                 .source_tasks
-                .spawn(async move { abort.run_until_cancelled(turns.run(stop)).await });
-        }
+                .spawn(async move { abort.run_until_cancelled(turns.run(stop)).await })
+        };
+        let running =
+            RunningSource { transport, decoder, reporter: reporter.clone(), stop: ends, task };
+        lock(&inner.sources).insert(name, running);
         reporter
     }
 

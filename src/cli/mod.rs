@@ -21,6 +21,7 @@ mod progress;
 mod publish;
 mod quarantine;
 mod redrives;
+mod reload;
 mod run;
 mod search;
 mod sources;
@@ -76,6 +77,11 @@ struct SettingsArgs {
 
 impl SettingsArgs {
     fn load(&self) -> Result<Loaded, ConfigErrors> {
+        load(&self.inputs())
+    }
+
+    /// What the configuration is read from.
+    fn inputs(&self) -> Inputs {
         let flag = |flag: &str, key: &str, value: &str| Flag {
             flag: flag.to_owned(),
             key: key.to_owned(),
@@ -90,7 +96,7 @@ impl SettingsArgs {
         let named = named
             .into_iter()
             .filter_map(|(name, key, value)| Some(flag(name, key, value.as_deref()?)));
-        load(&Inputs::from_process(self.config.clone(), set.chain(named).collect()))
+        Inputs::from_process(self.config.clone(), set.chain(named).collect())
     }
 }
 
@@ -200,7 +206,10 @@ pub(crate) fn main() -> ExitCode {
 fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
     let settings = cli.settings;
     match cli.command {
-        None | Some(Command::Run) => return Ok(run::run(settings.load()?)),
+        None | Some(Command::Run) => {
+            let inputs = settings.inputs();
+            return Ok(run::run(load(&inputs)?, inputs));
+        }
         Some(Command::Check(args)) => return check::check(&settings, &args),
         Some(Command::Doctor(args)) => return block_on(doctor::run(&settings, &args)),
         Some(Command::Config(command)) => config::run(&settings, &command)?,

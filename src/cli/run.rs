@@ -5,9 +5,9 @@ use std::{io, net::SocketAddr, process::ExitCode, time::Duration};
 use anyhow::Context as _;
 use pulsebus::{
     api::{self, ApiOptions, Front},
-    bus::{Component, ComposeError, Composed, DrainDeadline, EventBus, Health, Starting},
-    config::{Loaded, Settings},
-    telemetry,
+    bus::{Component, ComposeError, Composed, DrainDeadline, EventBus, Health, Reloader, Starting},
+    config::{Inputs, Loaded, Settings},
+    telemetry::{self, LogFilter},
 };
 use sd_notify::NotifyState;
 use tokio::{
@@ -17,15 +17,22 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{BAD_CONFIG, DRAIN_DEADLINE, FAILED, output};
+use super::{
+    BAD_CONFIG, DRAIN_DEADLINE, FAILED, output,
+    reload::{Reloads, Shared},
+};
 
-/// Runs the daemon until it is told to stop.
-pub(super) fn run(loaded: Loaded) -> ExitCode {
+/// Runs the daemon until it is told to stop. `inputs` are what was read, and are read again at
+/// each reload.
+pub(super) fn run(loaded: Loaded, inputs: Inputs) -> ExitCode {
     let Loaded { settings, file, warnings, .. } = loaded;
-    if let Err(error) = telemetry::init_logging(&settings.log) {
-        output::complain(&format!("pulsebus: {error}"));
-        return ExitCode::from(BAD_CONFIG);
-    }
+    let filter = match telemetry::init_logging(&settings.log) {
+        Ok(filter) => filter,
+        Err(error) => {
+            output::complain(&format!("pulsebus: {error}"));
+            return ExitCode::from(BAD_CONFIG);
+        }
+    };
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
         config = file.as_deref().map(|file| file.display().to_string()),
@@ -46,7 +53,7 @@ pub(super) fn run(loaded: Loaded) -> ExitCode {
     };
     let first_steps =
         file.is_none() && settings.http.token.is_none() && settings.http.tls.is_none();
-    let code = match runtime.block_on(daemon(&settings, first_steps)) {
+    let code = match runtime.block_on(daemon(&settings, first_steps, inputs, filter)) {
         Ok(code) => code,
         Err(error) => {
             let misconfigured = error.downcast_ref().is_some_and(ComposeError::is_misconfigured);
@@ -82,7 +89,14 @@ impl Signals {
     }
 }
 
-async fn daemon(settings: &Settings, first_steps: bool) -> anyhow::Result<ExitCode> {
+async fn daemon(
+    settings: &Settings,
+    first_steps: bool,
+    inputs: Inputs,
+    filter: LogFilter,
+) -> anyhow::Result<ExitCode> {
+    // Before anything takes long: one that comes meanwhile is kept, and would end us otherwise.
+    let hangup = signal(SignalKind::hangup()).context("failed to listen for signals")?;
     let mut signals = Signals::new().context("failed to listen for signals")?;
     let mut notifier = Notifier::new();
     let stop = CancellationToken::new();
@@ -112,8 +126,18 @@ async fn daemon(settings: &Settings, first_steps: bool) -> anyhow::Result<ExitCo
         }
     };
     let bus = composed.bus.clone();
+    let shared = Shared::default();
+    let mut reloads = JoinSet::new();
+    let reload = Reloads {
+        inputs,
+        filter,
+        front: front.as_ref().map(|(server, _)| server.clone()),
+        reloader: Reloader::new(&composed, settings.clone()),
+        shared: shared.clone(),
+    };
     open(front, composed, first_steps)?;
     tracing::info!("the bus is up");
+    reloads.spawn(reload.run(hangup));
     let code = loop {
         tokio::select! {
             name = signals.next() => {
@@ -125,13 +149,19 @@ async fn daemon(settings: &Settings, first_steps: bool) -> anyhow::Result<ExitCo
                 break Some(ExitCode::from(FAILED));
             }
             Some(ended) = tasks.join_next() => break Some(server_ended(&ended)),
-            () = notifier.tick(|| bus.components()) => {}
+            Some(ended) = reloads.join_next() => {
+                tracing::error!("reloads have ended, SIGHUP does nothing any more: {ended:?}");
+            }
+            () = notifier.tick(|| bus.components()) => shared.set_ready(notifier.ready),
         }
     };
+    // A reload that is under way is left where it is; a signal for another is not heard.
+    reloads.abort_all();
+    let shutdown_timeout = shared.shutdown_timeout().unwrap_or(settings.shutdown_timeout);
     notifier.say(&[NotifyState::Stopping, NotifyState::Status("draining")]);
     stop.cancel();
     let drained = tokio::select! {
-        drained = drain(&bus, &mut tasks, settings.shutdown_timeout) => drained,
+        drained = drain(&bus, &mut tasks, shutdown_timeout) => drained,
         name = signals.next() => {
             tracing::warn!(signal = name, "ended at once; what was cut off comes again");
             return Ok(ExitCode::from(DRAIN_DEADLINE));

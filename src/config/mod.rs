@@ -16,6 +16,7 @@
 //! Everything that is wrong is reported together, each with the file and line, variable or flag
 //! that said it, and no error repeats a value.
 
+mod changes;
 mod error;
 mod load;
 mod raw;
@@ -33,6 +34,7 @@ pub use crate::{
     dispatch::{OnDead, Ordering, Start},
     telemetry::{LogFormat, LogSettings},
 };
+pub use changes::Reload;
 pub use error::{ConfigError, ConfigErrors};
 pub use load::{DEFAULT_FILE, Flag, Inputs, Loaded, load};
 pub use schema::schema;

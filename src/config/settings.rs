@@ -50,7 +50,7 @@ pub struct Settings {
 }
 
 /// Where the log is kept.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StoreSettings {
     /// A SQLite file.
     Sqlite {
@@ -71,7 +71,7 @@ pub enum StoreSettings {
 }
 
 /// The HTTP server: API, health, metrics, ingest.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HttpSettings {
     /// Whether there is one. Default true.
     pub enabled: bool,
@@ -101,7 +101,7 @@ pub struct Limits {
 }
 
 /// One `[transports.NAME]`.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum TransportSettings {
     /// NATS JetStream.
     Nats(NatsOptions),
@@ -127,7 +127,7 @@ impl TransportSettings {
 }
 
 /// One `[sources.NAME]`.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SourceSettings {
     /// The transport's name; [`INGEST`] for the HTTP endpoint.
     pub transport: Arc<str>,
@@ -141,7 +141,7 @@ pub struct SourceSettings {
 }
 
 /// One `[handlers.NAME]`.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct HandlerSettings {
     /// What it does.
     pub kind: HandlerKind,
@@ -170,7 +170,7 @@ pub struct HandlerSettings {
 }
 
 /// What a handler does.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum HandlerKind {
     /// Indexes events.
     Search(SearchOptions),

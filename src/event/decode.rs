@@ -55,7 +55,7 @@ use super::{
 };
 
 /// How a source's messages are read. The defaults suit any JSON.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DecoderOptions {
     /// Pins one format; `None` (default) recognises it.
     pub format: Option<Format>,

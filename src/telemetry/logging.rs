@@ -4,7 +4,7 @@ use std::io::IsTerminal as _;
 
 use tracing::{Level, Metadata};
 use tracing_subscriber::{
-    EnvFilter, Layer as _, filter::filter_fn, fmt, layer::SubscriberExt as _,
+    EnvFilter, Layer as _, Registry, filter::filter_fn, fmt, layer::SubscriberExt as _, reload,
     util::SubscriberInitExt as _,
 };
 
@@ -67,6 +67,23 @@ pub enum LoggingError {
     /// This process logs already.
     #[error("logging is set up already")]
     Twice,
+    /// The log has ended.
+    #[error("log.filter cannot be changed: {0}")]
+    Gone(reload::Error),
+}
+
+/// The filter of the daemon's log while it runs.
+#[derive(Debug, Clone)]
+pub struct LogFilter(reload::Handle<EnvFilter, Registry>);
+
+impl LogFilter {
+    /// From now on this is written. Nothing changes where the filter is not understood.
+    ///
+    /// # Errors
+    /// As [`filter`]; [`LoggingError::Gone`] where nothing logs any more.
+    pub fn set(&self, text: &str) -> Result<(), LoggingError> {
+        self.0.reload(filter(text)?).map_err(LoggingError::Gone)
+    }
 }
 
 /// Parses a filter; directives in it win over those for the drivers.
@@ -94,18 +111,18 @@ pub fn filter(filter: &str) -> Result<EnvFilter, LoggingError> {
 }
 
 /// Sends `tracing` events to standard error: text on a terminal, one JSON object a line
-/// otherwise, unless the settings say which.
+/// otherwise, unless the settings say which. What is written can be changed with what is returned.
 ///
 /// # Errors
 /// Where the filter is not understood, or logging is set up already.
-pub fn init_logging(settings: &LogSettings) -> Result<(), LoggingError> {
+pub fn init_logging(settings: &LogSettings) -> Result<LogFilter, LoggingError> {
     let terminal = std::io::stderr().is_terminal();
     let json = match settings.format {
         LogFormat::Auto => !terminal,
         LogFormat::Text => false,
         LogFormat::Json => true,
     };
-    let filter = filter(&settings.filter)?;
+    let (filter, handle) = reload::Layer::new(filter(&settings.filter)?);
     let lines = fmt::layer().with_writer(std::io::stderr);
     let lines = if json {
         lines.json().flatten_event(true).with_current_span(true).with_span_list(false).boxed()
@@ -119,7 +136,8 @@ pub fn init_logging(settings: &LogSettings) -> Result<(), LoggingError> {
         .with(filter_fn(is_safe))
         .with(lines)
         .try_init()
-        .map_err(|_| LoggingError::Twice)
+        .map_err(|_| LoggingError::Twice)?;
+    Ok(LogFilter(handle))
 }
 
 #[cfg(test)]

@@ -3,5 +3,5 @@
 mod logging;
 mod metrics;
 
-pub use logging::{LogFormat, LogSettings, LoggingError, filter, init_logging};
+pub use logging::{LogFilter, LogFormat, LogSettings, LoggingError, filter, init_logging};
 pub use metrics::{HandlerLabels, Metrics, OutcomeLabels, SourceLabels};

@@ -112,6 +112,8 @@ const ADAPTERS: &[&str] = &[
 /// Who may name an implementation: paths below `src` that begin so, `*` for any adapter.
 const NAMES_ADAPTERS: &[(&str, &str, &str)] = &[
     ("bus/compose.rs", "*", "from settings to a bus"),
+    ("bus/reload.rs", "handler::search", "an index that is open cannot be opened twice"),
+    ("bus/searches.rs", "handler::search", "what queries look at while handlers come and go"),
     ("config/", "*", "their options are part of the settings"),
     ("bus/mod.rs", "store::memory", "the store of a bus that was given none"),
     ("api/", "transport::http", "what is posted goes in there"),

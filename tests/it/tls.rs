@@ -456,7 +456,7 @@ impl Drop for Https {
 }
 
 /// A client that trusts this authority.
-fn https(ca: &Path, client: Option<&Pair>) -> reqwest::Client {
+pub(crate) fn https(ca: &Path, client: Option<&Pair>) -> reqwest::Client {
     let options = match client {
         None => trusting(ca),
         Some(client) => being(client, ca),

@@ -6,7 +6,6 @@ use std::{
     time::Duration,
 };
 
-use tracing_subscriber::EnvFilter;
 use url::Url;
 
 use super::Check;
@@ -16,7 +15,7 @@ use crate::{
         settings::{DEFAULT_LISTEN, HttpSettings, Limits, StoreSettings},
     },
     secret::Secret,
-    telemetry::{LogFormat, LogSettings},
+    telemetry::{LogFormat, LogSettings, filter as filter_of_log},
     tls::{ServerTlsOptions, TlsOptions, server_config},
 };
 
@@ -247,7 +246,8 @@ impl Check<'_> {
         let default = RawLog::default();
         let raw = raw.unwrap_or(&default);
         let filter = raw.filter.clone().unwrap_or_else(|| "info".to_owned());
-        if EnvFilter::builder().parse(&filter).is_err() {
+        // As logging will read it: what it could not take must not be found out in a daemon that runs.
+        if filter_of_log(&filter).is_err() {
             self.wrong(
                 &["log", "filter"],
                 "not understood: write a level (error, warn, info, debug, trace), or directives \

@@ -57,7 +57,7 @@ pub const MIN_WRITER_MEMORY: usize = 15_000_000;
 const BATCH: usize = 1_000;
 
 /// How the index is built.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SearchOptions {
     /// The folder the index lives in. It is made where it does not exist.
     pub path: PathBuf,

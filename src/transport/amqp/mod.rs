@@ -64,7 +64,7 @@ impl Transport for AmqpTransport {
 }
 
 /// How to reach RabbitMQ.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AmqpOptions {
     /// `amqp://user:password@host:5672/vhost` or `amqps://…`, read at each connection. The
     /// scheme alone says whether there is TLS. With `?auth_mechanism=external`, or with a client

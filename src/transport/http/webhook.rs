@@ -80,7 +80,7 @@ const MAX_SILENT: usize = 1_024;
 const ENOUGH: usize = 3;
 
 /// Where a webhook goes, and how.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WebhookOptions {
     /// `https://host/path`; often a secret in itself. A login in it becomes Basic
     /// authentication.

@@ -41,7 +41,7 @@ const MAX_ACK_PENDING: i64 = 20_000;
 const BATCH: usize = 2_000;
 
 /// How to reach NATS.
-#[derive(Clone)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct NatsOptions {
     /// One server, or several separated by commas: `nats://host:4222`, `tls://host:4222`.
     /// Default `nats://127.0.0.1:4222`. `user:password@` or `token@` before the host counts

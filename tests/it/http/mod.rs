@@ -12,7 +12,7 @@ use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
 
 use pulsebus::{
     api::{Api, ApiOptions, listen},
-    bus::{Composed, EventBus, compose},
+    bus::{Composed, EventBus, Searches, compose},
     config::{Flag, Inputs, load},
     event::DecoderOptions,
     ingest::{IngestOptions, Source},
@@ -65,7 +65,12 @@ impl Server {
             decoder: DecoderOptions::default(),
             options: IngestOptions::default(),
         });
-        let composed = Composed { bus, ingress: Some(ingress), searches: BTreeMap::new() };
+        let composed = Composed {
+            bus,
+            ingress: Some(ingress),
+            searches: Searches::default(),
+            transports: BTreeMap::new(),
+        };
         Self::serve(composed, tweak).await
     }
 
@@ -97,7 +102,7 @@ impl Server {
             max_connections: 1_024,
         };
         tweak(&mut options);
-        let Composed { bus, ingress, searches } = composed;
+        let Composed { bus, ingress, searches, .. } = composed;
         let api = Api { bus: bus.clone(), ingress, searches, options };
         let stop = CancellationToken::new();
         let mut tasks = JoinSet::new();

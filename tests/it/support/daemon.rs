@@ -57,19 +57,37 @@ impl Daemon {
 
     /// The same, on a port that somebody knows already.
     pub(crate) async fn start_on(port: u16, config: &str) -> Self {
-        let folder = process::folder("daemon");
-        let config = format!(
-            "data_dir = \"{}\"\n[http]\nlisten = \"127.0.0.1:{port}\"\n{config}",
-            folder.join("data").display()
-        );
-        std::fs::write(folder.join("pulsebus.toml"), config).unwrap();
-        let daemon = Self { folder, port, child: Mutex::new(None), client: http() };
+        let daemon = Self::not_started(port, config);
         daemon.restart().await;
         daemon
     }
 
+    /// Everything it needs, and nobody has started it.
+    pub(crate) fn not_started(port: u16, config: &str) -> Self {
+        let folder = process::folder("daemon");
+        let daemon = Self { folder, port, child: Mutex::new(None), client: http() };
+        daemon.configure(config);
+        daemon
+    }
+
+    /// Writes another configuration, to which the same is added.
+    pub(crate) fn configure(&self, config: &str) {
+        let config = format!(
+            "data_dir = \"{}\"\n[http]\nlisten = \"127.0.0.1:{}\"\n{config}",
+            self.folder.join("data").display(),
+            self.port
+        );
+        std::fs::write(self.folder.join("pulsebus.toml"), config).unwrap();
+    }
+
     /// Starts it again, with the same configuration and data.
     pub(crate) async fn restart(&self) {
+        self.launch(|_| {});
+        self.up().await;
+    }
+
+    /// Starts it and does not wait.
+    pub(crate) fn launch(&self, build: impl FnOnce(&mut Command)) {
         let log = std::fs::OpenOptions::new()
             .create(true)
             .append(true)
@@ -83,8 +101,13 @@ impl Daemon {
                 .env("RUST_BACKTRACE", "0")
                 .stdout(log.try_clone().unwrap())
                 .stderr(log);
+            build(command);
         });
         *self.child.lock().unwrap() = Some(child);
+    }
+
+    /// Waits until it answers.
+    pub(crate) async fn up(&self) {
         let deadline = Instant::now() + Duration::from_secs(60);
         // Before its bus is up it answers for its health only; 401: it is up, and wants a token.
         let up = |answer: &Value| !answer["sources"].is_null() || answer["status"] == 401;
@@ -102,6 +125,16 @@ impl Daemon {
             let _ = child.kill();
             let _ = child.wait();
         }
+    }
+
+    /// Sends it a signal by name.
+    pub(crate) fn signal(&self, name: &str) {
+        process::signal(self.child.lock().unwrap().as_ref().unwrap(), name);
+    }
+
+    /// Whether it has not ended.
+    pub(crate) fn lives(&self) -> bool {
+        self.child.lock().unwrap().as_mut().unwrap().try_wait().unwrap().is_none()
     }
 
     /// SIGTERM, and waits for its end.
