@@ -33,7 +33,7 @@ use tokio::{sync::Mutex, task::JoinSet};
 
 use crate::{
     conformance::{
-        progress,
+        progress, retain,
         store::{self as suite, Fixture, Random},
     },
     support::{postgres, process, wait_until},
@@ -125,6 +125,23 @@ conformance!(
         dead_letters_are_found_page_by_page,
         dead_letters_are_published_once,
         texts_are_kept_as_far_as_the_database_can,
+    ]
+);
+
+conformance!(
+    memory_retain,
+    retain,
+    Memory::new(),
+    [
+        S12_only_the_beginning_is_removed,
+        S12_several_remove_at_once,
+        S13_nothing_goes_that_a_handler_needs,
+        S13_a_cursor_is_never_before_the_beginning,
+        S13_a_handler_that_comes_amid_steps_misses_nothing,
+        S14_copies_of_what_was_removed_are_known,
+        S14_without_identities_a_copy_is_stored_again,
+        S14_each_is_stored_once_amid_steps,
+        S15_what_is_due_goes_and_no_more,
     ]
 );
 
@@ -223,6 +240,23 @@ conformance!(
     ]
 );
 
+conformance!(
+    sqlite_retain,
+    retain,
+    Sqlite::new(),
+    [
+        S12_only_the_beginning_is_removed,
+        S12_several_remove_at_once,
+        S13_nothing_goes_that_a_handler_needs,
+        S13_a_cursor_is_never_before_the_beginning,
+        S13_a_handler_that_comes_amid_steps_misses_nothing,
+        S14_copies_of_what_was_removed_are_known,
+        S14_without_identities_a_copy_is_stored_again,
+        S14_each_is_stored_once_amid_steps,
+        S15_what_is_due_goes_and_no_more,
+    ]
+);
+
 struct Postgres(postgres::Database);
 
 impl Postgres {
@@ -316,6 +350,23 @@ conformance!(
     ]
 );
 
+conformance!(
+    postgres_retain,
+    retain,
+    Postgres::new(),
+    [
+        S12_only_the_beginning_is_removed,
+        S12_several_remove_at_once,
+        S13_nothing_goes_that_a_handler_needs,
+        S13_a_cursor_is_never_before_the_beginning,
+        S13_a_handler_that_comes_amid_steps_misses_nothing,
+        S14_copies_of_what_was_removed_are_known,
+        S14_without_identities_a_copy_is_stored_again,
+        S14_each_is_stored_once_amid_steps,
+        S15_what_is_due_goes_and_no_more,
+    ]
+);
+
 /// A server of its own, to kill.
 struct Mortal(Mutex<postgres::PostgresServer>);
 
@@ -341,6 +392,12 @@ impl Fixture for Mortal {
 async fn postgres_S10_S11_a_crash_amid_appends() {
     let server = postgres::PostgresServer::start().await;
     suite::S10_S11_a_crash_amid_appends(&Mortal(Mutex::new(server))).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn postgres_S12_S14_a_crash_amid_steps() {
+    let server = postgres::PostgresServer::start().await;
+    retain::S12_S14_a_crash_amid_steps(&Mortal(Mutex::new(server))).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
