@@ -32,13 +32,13 @@ pub struct RetainOptions {
     /// Whether the identities of removed events are kept, so that copies of them are recognised
     /// (G2). Default true.
     pub identities: bool,
-    /// How often it is looked for what may go. Default 5 s.
+    /// How often it is looked for what may go. Default 2 s.
     pub interval: Duration,
 }
 
 impl Default for RetainOptions {
     fn default() -> Self {
-        Self { age: None, bytes: None, identities: true, interval: Duration::from_secs(5) }
+        Self { age: None, bytes: None, identities: true, interval: Duration::from_secs(2) }
     }
 }
 
@@ -99,7 +99,13 @@ pub(super) struct Retaining {
     handlers: Arc<Mutex<BTreeMap<Arc<str>, Registered>>>,
     metrics: Metrics,
     state: Arc<Mutex<Retention>>,
+    /// How many are gone that the log has not been told of, and when it was told last.
+    untold: u64,
+    told: Option<Instant>,
 }
+
+/// So often the log is told how many events are gone, at most.
+const TELL: Duration = Duration::from_secs(600);
 
 impl Retaining {
     pub(super) fn new(
@@ -108,7 +114,8 @@ impl Retaining {
         handlers: Arc<Mutex<BTreeMap<Arc<str>, Registered>>>,
         metrics: Metrics,
     ) -> Self {
-        Self { options, log, handlers, metrics, state: Arc::default() }
+        let state = Arc::default();
+        Self { options, log, handlers, metrics, state, untold: 0, told: None }
     }
 
     pub(super) fn state(&self) -> Arc<Mutex<Retention>> {
@@ -116,7 +123,7 @@ impl Retaining {
     }
 
     /// Works until stopped: what is under way is ended first, which is one step.
-    pub(super) async fn run(self, stop: CancellationToken) {
+    pub(super) async fn run(mut self, stop: CancellationToken) {
         let mut delays = RetryPolicy::reconnect().start();
         let mut said = None;
         while !stop.is_cancelled() {
@@ -149,19 +156,19 @@ impl Retaining {
     }
 
     /// Removes what may go.
-    async fn pass(&self, stop: &CancellationToken) -> Result<(), StoreError> {
-        let store = &**self.log.store();
+    async fn pass(&mut self, stop: &CancellationToken) -> Result<(), StoreError> {
+        let store = Arc::clone(self.log.store());
+        let store = &*store;
         if let Some(name) = self.unstarted(store).await? {
             let extent = Some(store.extent().await?);
             let waits = Retention { extent, unstarted: Some(name), ..Retention::default() };
             self.show(waits);
             return Ok(());
         }
-        let mut gone = 0;
         while !stop.is_cancelled() {
             let started = Instant::now();
             let removed = store.remove(&self.removal()).await?;
-            gone += removed.events;
+            self.untold += removed.events;
             self.metrics.events_removed.inc_by(removed.events);
             let held = removed.held;
             let registered =
@@ -174,9 +181,11 @@ impl Retaining {
             // At the first of its own steps a small machine must not be behind with appends.
             stop.run_until_cancelled(tokio::time::sleep(started.elapsed())).await;
         }
-        if gone > 0 {
+        if self.untold > 0 && self.told.is_none_or(|told| told.elapsed() >= TELL) {
             let first = lock(&self.state).extent.map(|extent| extent.first().0);
-            tracing::info!(events = gone, first, "old events were removed from the log");
+            let events = std::mem::take(&mut self.untold);
+            tracing::info!(events, first, "old events were removed from the log");
+            self.told = Some(Instant::now());
         }
         Ok(())
     }

@@ -55,8 +55,8 @@ pub struct Removal {
 }
 
 impl Removal {
-    /// A step: 1,000 events, 4 MiB. Small enough that an append does not notice that it waited.
-    pub const STEP: Limit = Limit { events: 1_000, bytes: 4 << 20 };
+    /// A step: 500 events, 4 MiB. It takes a store about as long as an append of as many.
+    pub const STEP: Limit = Limit { events: 500, bytes: 4 << 20 };
 }
 
 /// What a step has come to.
@@ -128,6 +128,12 @@ pub(super) struct Chosen {
 /// The last position that may go, and who needs the one behind it.
 pub(super) type Bound = (Position, Option<Hold>);
 
+/// Whether an event is due: the first of the log, which has this extent then.
+pub(super) fn is_due(extent: &Extent, removal: &Removal, first: &StoredEvent) -> bool {
+    removal.before.is_some_and(|before| first.recorded_at < before)
+        || removal.bytes.is_some_and(|most| extent.bytes > most)
+}
+
 /// How far a step has to read: past what may go by one, to see whether that would be due.
 pub(super) fn reach(extent: &Extent, bound: &Bound, removal: &Removal) -> Limit {
     let free = bound.0.0.saturating_sub(extent.removed.0).saturating_add(1);
@@ -145,18 +151,16 @@ pub(super) fn choose(
     let (last, hold) = bound;
     let mut chosen =
         Chosen { from: extent.removed, to: extent.removed, left: Vec::new(), held: None };
-    let mut bytes = extent.bytes;
+    let mut extent = *extent;
     for event in first {
-        let old = removal.before.is_some_and(|before| event.recorded_at < before);
-        let large = removal.bytes.is_some_and(|most| bytes > most);
-        if !old && !large {
+        if !is_due(&extent, removal, event) {
             break;
         }
         if event.position > last {
             chosen.held = hold;
             break;
         }
-        bytes = bytes.saturating_sub(size(&event.event)?);
+        extent.bytes = extent.bytes.saturating_sub(size(&event.event)?);
         chosen.to = event.position;
         if removal.identities {
             chosen.left.push(Left {

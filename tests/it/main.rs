@@ -40,6 +40,7 @@ mod publish_safety;
 mod readme;
 mod rebuild;
 mod redrive;
+mod retain;
 mod store;
 mod support;
 mod tls;

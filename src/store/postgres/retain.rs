@@ -18,7 +18,7 @@ use super::PostgresStore;
 use crate::{
     event::{Event, Position},
     store::{
-        AttemptError, Extent, HeldBy, Hold, Removal, Removed, StoreError,
+        AttemptError, Extent, HeldBy, Hold, Limit, Removal, Removed, StoreError,
         admit::Known,
         progress::row::Failed,
         retain::{self, Bound},
@@ -95,6 +95,11 @@ impl PostgresStore {
 
     pub(super) async fn remove_step(&self, removal: &Removal) -> Result<Removed, StoreError> {
         let before = self.find_extent().await?;
+        // Mostly nothing is due, and then no more than one event is read.
+        let peek = self.read_page(before.removed, Limit { events: 1, bytes: 1 }).await?;
+        if !peek.first().is_some_and(|first| retain::is_due(&before, removal, first)) {
+            return Ok(Removed { events: 0, extent: before, held: None });
+        }
         let bound = self
             .transacting(async {
                 let mut reader = self.readers.acquire().await?;
