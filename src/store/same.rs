@@ -308,6 +308,7 @@ impl<'a> Parser<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::event::{EventParts, Headers, Origin};
     use proptest::prelude::*;
     use serde_json::Value;
 
@@ -327,6 +328,7 @@ mod tests {
             ("[\"\\ud800\"]", "[ \"\\ud800\" ]"),
         ] {
             assert!(same_json(a, b), "{a} and {b}");
+            assert_eq!(of(a), of(b), "{a} and {b}");
         }
     }
 
@@ -348,7 +350,36 @@ mod tests {
             ("\"\\u0000\"", "\"\""),
         ] {
             assert!(!same_json(a, b), "{a} and {b}");
+            assert_ne!(of(a), of(b), "{a} and {b}");
         }
+    }
+
+    /// The fingerprint of an event with this body.
+    fn of(body: &str) -> Fingerprint {
+        fingerprint(&raw("t", body))
+    }
+
+    fn raw(kind: &str, body: &str) -> Event {
+        Event::from_parts(EventParts {
+            id: "1".into(),
+            source: "/".into(),
+            kind: kind.into(),
+            subject: None,
+            time: None,
+            key: "k".into(),
+            format: Format::Raw,
+            headers: Headers::new(),
+            origin: Origin::default(),
+            body: body.to_owned().into(),
+        })
+    }
+
+    #[test]
+    fn S14_a_fingerprint_is_of_type_and_data_and_the_same_in_every_version() {
+        assert_ne!(fingerprint(&raw("a", "1")), fingerprint(&raw("b", "1")));
+        // Kept in databases: it must never change.
+        let value = "{\"a\":[1.50,null,true,\"x\"]}";
+        assert_eq!(of(value), Fingerprint(-1_016_001_350_411_516_968));
     }
 
     fn json() -> impl Strategy<Value = Value> {
@@ -373,11 +404,13 @@ mod tests {
             let tight = serde_json::to_string(&value).unwrap();
             let wide = serde_json::to_string_pretty(&value).unwrap();
             prop_assert!(same_json(&tight, &wide));
+            prop_assert_eq!(of(&tight), of(&wide));
         }
 
         #[test]
         fn S5_values_are_compared_as_serde_compares_them(a in json(), b in json()) {
             prop_assert_eq!(same_json(&a.to_string(), &b.to_string()), a == b);
+            prop_assert_eq!(of(&a.to_string()) == of(&b.to_string()), a == b);
         }
 
         #[test]

@@ -408,8 +408,12 @@ async fn postgres_S14_an_append_that_has_waited_for_a_step_sees_what_is_left() {
     let events = (1..=3).map(|n| suite::event(&n.to_string()));
     store.append(&suite::batch(events)).await.unwrap();
     let mut by_hand = PgConnection::connect(&postgres.0.url).await.unwrap();
+    // What a transaction sees of others' activity stays as it first was.
+    let mut look = PgConnection::connect(&postgres.0.url).await.unwrap();
     // Nothing was removed before, and something was.
     for position in [1_i64, 2] {
+        // A new one each time, which looks for no copies beforehand.
+        let store = postgres.open().await;
         let mut tx = by_hand.begin().await.unwrap();
         sqlx::query("SELECT FROM log_head FOR UPDATE").execute(&mut *tx).await.unwrap();
         let copy = suite::batch([suite::event(&position.to_string())]);
@@ -420,7 +424,7 @@ async fn postgres_S14_an_append_that_has_waited_for_a_step_sees_what_is_left() {
                 "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted AND pid IN
                     (SELECT pid FROM pg_stat_activity WHERE datname = current_database()))",
             )
-            .fetch_one(&mut *tx)
+            .fetch_one(&mut look)
             .await
             .unwrap();
             waits.then_some(())
