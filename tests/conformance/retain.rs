@@ -536,7 +536,7 @@ pub async fn S12_S14_a_crash_amid_steps(fixture: &dyn Fixture) {
             match remover.remove(&steps_of(50, all())).await {
                 Ok(removed) => gone += removed.events,
                 Err(StoreError::Unavailable(_)) => {
-                    tokio::time::sleep(Duration::from_millis(20)).await
+                    tokio::time::sleep(Duration::from_millis(20)).await;
                 }
                 Err(error) => panic!("{error}"),
             }

@@ -418,7 +418,8 @@ async fn postgres_S14_an_append_that_has_waited_for_a_step_sees_what_is_left() {
         sqlx::query("SELECT FROM log_head FOR UPDATE").execute(&mut *tx).await.unwrap();
         let copy = suite::batch([suite::event(&position.to_string())]);
         let (appending, batch) = (Arc::clone(&store), copy.clone());
-        let appending = tokio::spawn(async move { appending.append(&batch).await });
+        let mut waiting = JoinSet::new();
+        waiting.spawn(async move { appending.append(&batch).await });
         wait_until("the append waits for the head row", async || {
             let waits: bool = sqlx::query_scalar(
                 "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted AND pid IN
@@ -435,7 +436,7 @@ async fn postgres_S14_an_append_that_has_waited_for_a_step_sees_what_is_left() {
             sqlx::query(sql).bind(position).execute(&mut *tx).await.unwrap();
         }
         tx.commit().await.unwrap();
-        let receipts = appending.await.unwrap().unwrap();
+        let receipts = waiting.join_next().await.unwrap().unwrap().unwrap();
         // By hand no content was kept, so that it is no copy; and it is not new.
         let Receipt::Quarantined { reason, .. } = &receipts[0] else { panic!("{receipts:?}") };
         assert!(reason.contains("has been removed"), "{reason}");
