@@ -17,7 +17,7 @@ use serde_json::json;
 use super::{Problem, Shared, view::EventView};
 use crate::{
     event::{Position, StoredEvent},
-    store::{Limit, Query},
+    store::{Extent, Limit, Query},
 };
 
 /// What to list.
@@ -87,34 +87,42 @@ pub(super) async fn list(
         let query = Query { after, kind, key, descending, limit, ..Query::default() };
         log.store().list(&query).await?
     };
+    let first = log.store().extent().await?.first();
     // A short page may have been cut by size; only an empty one is last.
     let next = events
         .last()
         .map(|event| event.position.0)
-        .filter(|&last| if descending { last > 1 } else { last < log.head().0 });
-    page(&events, next)
+        .filter(|&last| if descending { last > first.0 } else { last < log.head().0 });
+    page(&events, next, first)
 }
 
-fn page(events: &[Arc<StoredEvent>], next: Option<u64>) -> Result<Response, Problem> {
+fn page(
+    events: &[Arc<StoredEvent>],
+    next: Option<u64>,
+    first: Position,
+) -> Result<Response, Problem> {
     let events: Vec<_> = events
         .iter()
         .map(|event| EventView::of(event))
         .collect::<Result<_, _>>()
         .map_err(|error| unreadable(&error))?;
-    Ok(Json(json_page(&events, next).map_err(|error| unreadable(&error))?).into_response())
+    Ok(Json(json_page(&events, next, first).map_err(|error| unreadable(&error))?).into_response())
 }
 
 /// Serialised by hand of serde_json's raw value, so that bodies stay as they are.
 fn json_page(
     events: &[EventView<'_>],
     next: Option<u64>,
+    first: Position,
 ) -> Result<Box<serde_json::value::RawValue>, serde_json::Error> {
     #[derive(serde::Serialize)]
     struct Page<'a> {
         events: &'a [EventView<'a>],
         next: Option<u64>,
+        /// The first position that is in the log: those before it have been removed.
+        first: Position,
     }
-    serde_json::value::to_raw_value(&Page { events, next })
+    serde_json::value::to_raw_value(&Page { events, next, first })
 }
 
 fn unreadable(error: &serde_json::Error) -> Problem {
@@ -122,6 +130,16 @@ fn unreadable(error: &serde_json::Error) -> Problem {
         StatusCode::INTERNAL_SERVER_ERROR,
         format!("an event in the log is not JSON ({error}): was it changed in the database?"),
     )
+}
+
+fn missing(position: u64, log: Extent) -> Problem {
+    let (status, detail) = if (1..=log.removed.0).contains(&position) {
+        let gone = "has been removed from the log (store.retain)";
+        (StatusCode::GONE, format!("the event at position {position} {gone}"))
+    } else {
+        (StatusCode::NOT_FOUND, format!("there is no event at position {position}"))
+    };
+    Problem::new(status, detail).with("first", json!(log.first())).with("head", json!(log.head))
 }
 
 pub(super) async fn one(
@@ -132,14 +150,15 @@ pub(super) async fn one(
     let position: u64 = position
         .parse()
         .map_err(|_| Problem::bad_request(format!("`{position}` is no position: 1, 2, 3 …")))?;
-    let missing = || {
-        Problem::new(StatusCode::NOT_FOUND, format!("there is no event at position {position}"))
-            .with("head", json!(state.api.bus.log().head()))
-    };
-    let Some(before) = position.checked_sub(1) else { return Err(missing()) };
+    let log = state.api.bus.log();
     let limit = Limit { events: 1, ..Limit::default() };
-    let events = state.api.bus.log().read(Position(before), limit).await?;
-    let event = events.first().filter(|event| event.position.0 == position).ok_or_else(missing)?;
+    let events = match position.checked_sub(1) {
+        Some(before) => log.read(Position(before), limit).await?,
+        None => Vec::new(),
+    };
+    let Some(event) = events.first().filter(|event| event.position.0 == position) else {
+        return Err(missing(position, log.store().extent().await?));
+    };
     let view = EventView::of(event).map_err(|error| unreadable(&error))?;
     let raw = serde_json::value::to_raw_value(&view).map_err(|error| unreadable(&error))?;
     Ok(Json(raw).into_response())

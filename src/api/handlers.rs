@@ -1,4 +1,4 @@
-//! `/v1/handlers`: how they are; pause, resume, rewind.
+//! `/v1/handlers`: how they are; pause, resume, rewind, rebuild, forget.
 
 use axum::{
     Json,
@@ -112,6 +112,22 @@ pub(super) async fn cancel_rebuild(
     let bus = &state.api.bus;
     bus.cancel_rebuild(&name, &by).await.map_err(conflict)?;
     view(bus, &name)
+}
+
+/// What was forgotten.
+#[derive(Debug, Serialize)]
+pub(super) struct Forgotten {
+    forgotten: String,
+}
+
+pub(super) async fn forget(
+    Extract(state): Shared,
+    name: Result<Path<String>, PathRejection>,
+    by: Result<Query<By>, QueryRejection>,
+) -> Result<Json<Forgotten>, Problem> {
+    let (name, by) = (segment(name)?, By::name(by)?);
+    state.api.bus.forget(&name, &by).await.map_err(conflict)?;
+    Ok(Json(Forgotten { forgotten: name }))
 }
 
 /// What is refused because of how things are, not because of how it was asked for.

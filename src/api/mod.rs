@@ -147,6 +147,7 @@ impl Api {
             .route("/v1/handlers/{name}/pause", post(handlers::pause))
             .route("/v1/handlers/{name}/resume", post(handlers::resume))
             .route("/v1/handlers/{name}/rewind", post(handlers::rewind))
+            .route("/v1/handlers/{name}/forget", post(handlers::forget))
             .route("/v1/handlers/{name}/rebuild", post(handlers::rebuild))
             .route("/v1/handlers/{name}/rebuild/cancel", post(handlers::cancel_rebuild))
             .route("/v1/dead-letters", get(dead_letters::list))

@@ -60,6 +60,16 @@ pub(super) async fn stream(
             let (mut after, mut queue): (Position, VecDeque<Arc<StoredEvent>>) = (after, queue);
             loop {
                 if let Some(event) = queue.pop_front() {
+                    if event.position > after.next() {
+                        // The log has no gap but at its beginning: these have been removed.
+                        let sent = removed(after.next(), event.position);
+                        after = Position(event.position.0.saturating_sub(1));
+                        queue.push_front(event);
+                        if let Some(sent) = sent {
+                            return Some((Ok(sent), (after, queue, place)));
+                        }
+                        continue;
+                    }
                     after = event.position;
                     let (kind, key) = &params;
                     if kind.as_deref().is_some_and(|kind| kind != event.kind())
@@ -90,6 +100,14 @@ pub(super) async fn stream(
         }
     });
     Ok(Sse::new(pages).keep_alive(KeepAlive::new().interval(Duration::from_secs(15))))
+}
+
+/// Says that events are missing because they have been removed. It carries the id of the last of
+/// them, so that a client that resumes is not told again.
+fn removed(from: Position, first: Position) -> Option<Event> {
+    let id = first.0.saturating_sub(1).to_string();
+    let data = serde_json::json!({ "from": from, "first": first });
+    Event::default().id(id).event("removed").json_data(data).ok()
 }
 
 fn sse(event: &StoredEvent) -> Option<Event> {

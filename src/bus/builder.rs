@@ -2,7 +2,7 @@
 
 use std::{fs::File, sync::Arc, time::Duration};
 
-use super::EventBus;
+use super::{EventBus, RetainOptions};
 use crate::{
     store::{EventStore, LogOptions, StoreError},
     telemetry::Metrics,
@@ -17,6 +17,7 @@ pub struct EventBusBuilder {
     pub(super) instance: String,
     pub(super) instance_lock: Option<Arc<File>>,
     pub(super) lease: Duration,
+    pub(super) retain: Option<RetainOptions>,
 }
 
 impl Default for EventBusBuilder {
@@ -29,6 +30,7 @@ impl Default for EventBusBuilder {
             instance: uuid::Uuid::now_v7().to_string(),
             instance_lock: None,
             lease: Duration::from_secs(10),
+            retain: None,
         }
     }
 }
@@ -89,6 +91,13 @@ impl EventBusBuilder {
     #[must_use]
     pub const fn lease(mut self, lease: Duration) -> Self {
         self.lease = lease;
+        self
+    }
+
+    /// How long events are kept. Default: for ever.
+    #[must_use]
+    pub const fn retain(mut self, options: RetainOptions) -> Self {
+        self.retain = Some(options);
         self
     }
 

@@ -9,11 +9,11 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use super::{Component, EventBus, Health, Searches, lock};
+use super::{Component, EventBus, Health, RetainOptions, Searches, lock};
 use crate::{
     config::{
         DeadLetterSettings, ForwardSettings, HandlerKind, HandlerSettings, INGEST, LogLevel,
-        Settings, SourceSettings, StoreSettings, TransportSettings,
+        RetainSettings, Settings, SourceSettings, StoreSettings, TransportSettings,
     },
     dispatch::{Filter, HandlerOptions},
     handler::{
@@ -204,12 +204,16 @@ async fn compose_bus(settings: &Settings, starting: &Starting) -> Result<Compose
     let log = LogOptions { tail_bytes: settings.limits.tail_bytes, ..LogOptions::default() };
     let bus = starting
         .patiently("store", || async {
-            let builder = EventBus::builder()
+            let mut builder = EventBus::builder()
                 .shared_store(Arc::clone(&store))
                 .instance(name.clone())
                 .instance_lock(held.clone())
                 .log_options(log.clone())
                 .max_event_bytes(settings.limits.max_event_bytes);
+            if let Some(RetainSettings { age, bytes, identities }) = settings.retain {
+                let retain = RetainOptions { age, bytes, identities, ..RetainOptions::default() };
+                builder = builder.retain(retain);
+            }
             Ok(builder.build().await?)
         })
         .await?;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use super::{EventBus, lock};
+use super::{EventBus, Retention, lock};
 use crate::{
     dispatch::{HandlerState, Snapshot},
     store::LogHealth,
@@ -40,7 +40,8 @@ pub enum Health {
 /// A part of the bus and how it is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Component {
-    /// `store`, `source:NAME`, `handler:NAME`, or `config` where a reload left something to say.
+    /// `store`, `source:NAME`, `handler:NAME`, `retention`, or `config` where a reload left
+    /// something to say.
     pub component: String,
     /// How ready it is.
     pub health: Health,
@@ -141,13 +142,26 @@ impl EventBus {
             state: rebuild.state.as_str(),
             reason: Some(format!("rebuilding, at position {}", rebuild.position)),
         });
+        let retention = self.retention().map(|retention| {
+            let person = retention.trouble.is_some() || retention.needs_a_person();
+            let reason = retention.reason();
+            Component {
+                component: "retention".to_owned(),
+                // The log only grows meanwhile.
+                health: if person { Health::Degraded } else { Health::Ready },
+                state: if reason.is_some() { "held" } else { "removing" },
+                reason,
+            }
+        });
+        let parts = std::iter::once(store).chain(sources).chain(handlers).chain(rebuilds);
         let config = lock(&self.inner.config).clone();
-        std::iter::once(store)
-            .chain(sources)
-            .chain(handlers)
-            .chain(rebuilds)
-            .chain(config)
-            .collect()
+        parts.chain(retention).chain(config).collect()
+    }
+
+    /// How the removal of old events is; `None` where they are kept for ever.
+    #[must_use]
+    pub fn retention(&self) -> Option<Retention> {
+        self.inner.retention.as_ref().map(|retention| lock(retention).clone())
     }
 
     /// Brings the gauges up to date and returns `/metrics`.

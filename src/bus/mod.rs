@@ -12,6 +12,7 @@ mod operate;
 mod rebuild;
 mod reingest;
 mod reload;
+mod retain;
 mod searches;
 mod turns;
 
@@ -21,6 +22,7 @@ pub use health::{Component, Health, SourceSnapshot};
 pub use operate::RewindTo;
 pub use rebuild::Rebuilding;
 pub use reload::{Prepared, Reloader};
+pub use retain::{RetainOptions, Retention};
 pub use searches::Searches;
 
 use std::{
@@ -33,7 +35,9 @@ use std::{
 use tokio::{sync::Notify, task::JoinHandle};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use self::{handlers::Registered, rebuild::Rebuild, reingest::Reingest, turns::Turns};
+use self::{
+    handlers::Registered, rebuild::Rebuild, reingest::Reingest, retain::Retaining, turns::Turns,
+};
 use crate::{
     dispatch::{HandlerOptions, HandlerStatus},
     event::{Decoder, DecoderOptions, Message, NewEvent, NewEventError, Origin, Position},
@@ -79,7 +83,9 @@ struct Inner {
     rebuilds: Mutex<BTreeMap<Arc<str>, Rebuild>>,
     /// Tells the task that takes quarantine entries up.
     redrive_started: Arc<Notify>,
-    handlers: Mutex<BTreeMap<Arc<str>, Registered>>,
+    /// How the removal of old events is, where there is any.
+    retention: Option<Arc<Mutex<Retention>>>,
+    handlers: Arc<Mutex<BTreeMap<Arc<str>, Registered>>>,
     /// Workers a handler has by default, once the pool is started.
     pool: Mutex<Option<usize>>,
     /// One registration at a time, so that replacing a handler cannot race with itself.
@@ -187,6 +193,7 @@ impl EventBus {
             instance,
             instance_lock,
             lease,
+            retain,
         } = builder;
         let store: Arc<dyn EventStore> = match store {
             Some(store) => store,
@@ -207,6 +214,16 @@ impl EventBus {
         // It takes in, as a source does, and ends with them.
         let (cut, reingest) = (abort.clone(), reingest.run(stop_sources.clone()));
         source_tasks.spawn(async move { cut.run_until_cancelled(reingest).await });
+        let handlers: Arc<Mutex<BTreeMap<_, _>>> = Arc::default();
+        let retention = retain.map(|options| {
+            let retaining =
+                Retaining::new(options, Arc::clone(&log), Arc::clone(&handlers), metrics.clone());
+            let retention = retaining.state();
+            // It ends before the log does: a step is a write.
+            let (cut, run) = (abort.clone(), retaining.run(stop_sources.clone()));
+            source_tasks.spawn(async move { cut.run_until_cancelled(run).await });
+            retention
+        });
         Ok(Self {
             inner: Arc::new(Inner {
                 log,
@@ -218,8 +235,9 @@ impl EventBus {
                 sources,
                 config: Mutex::default(),
                 redrive_started,
+                retention,
                 rebuilds: Mutex::default(),
-                handlers: Mutex::default(),
+                handlers,
                 pool: Mutex::default(),
                 registering: tokio::sync::Mutex::default(),
                 source_tasks,

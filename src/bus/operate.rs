@@ -1,4 +1,4 @@
-//! What a person can tell a running bus: pause, resume, rewind, redrive.
+//! What a person can tell a running bus: pause, resume, rewind, forget, redrive.
 //!
 //! Each of these is written down in the audit with who wanted it, in the transaction that does
 //! it, or before.
@@ -15,7 +15,10 @@ use crate::{
     event::Position,
     store::{
         EventStore, StoreError,
-        progress::{AuditEntry, NewRedrive, Redrive, RedriveAction, RedriveState, Selection},
+        progress::{
+            AuditEntry, Claim, Claimed, NewRedrive, Redrive, RedriveAction, RedriveState, SOURCE,
+            Selection,
+        },
     },
 };
 
@@ -73,7 +76,8 @@ impl EventBus {
     /// # Errors
     /// [`HandlerAccessError::SideEffects`] where handling an event again does something outside
     /// and `allow_side_effects` does not say that it may; [`HandlerAccessError::Refused`] where
-    /// the place is not behind the cursor.
+    /// the place is not behind the cursor, or its event has been removed from the log. A time
+    /// before the first event that is left means that event.
     pub async fn rewind(
         &self,
         name: &str,
@@ -91,6 +95,14 @@ impl EventBus {
             RewindTo::Time(at) => first_since(&**self.store(), at).await?,
         };
         let cursor = Position(next.0.saturating_sub(1));
+        let extent = self.store().extent().await?;
+        if cursor < extent.removed {
+            return Err(HandlerAccessError::Refused(format!(
+                "the event at position {next} has been removed from the log (store.retain): the \
+                 first that is left, and can be given again, is {}",
+                extent.first()
+            )));
+        }
         let now = self.store().cursor(name).await?;
         let now = now.ok_or_else(|| HandlerAccessError::NotStarted(name.into()))?;
         if cursor > now {
@@ -112,7 +124,8 @@ impl EventBus {
             return Err(HandlerAccessError::NotStarted(name.into()));
         }
         match answer.await {
-            Ok(Ok(())) => Ok(cursor),
+            // Further on where what was asked for has just been removed.
+            Ok(Ok(cursor)) => Ok(cursor),
             Ok(Err(reason)) => Err(HandlerAccessError::Store(StoreError::unavailable(reason))),
             // It drains, or has been replaced.
             Err(_) => Err(HandlerAccessError::Closed),
@@ -190,6 +203,49 @@ impl EventBus {
         after.ok_or_else(|| HandlerAccessError::Refused(format!("there is no redrive {number}")))
     }
 
+    /// Forgets a handler that is not configured any more, here or in any process that runs: its
+    /// cursor, and what it had not finished, dead letters included. Retention waits for such a
+    /// handler as for any other. Should it come back it is new.
+    ///
+    /// # Errors
+    /// [`HandlerAccessError::Refused`] where it is registered here, [`HandlerAccessError::Elsewhere`]
+    /// where another process runs it; [`HandlerAccessError::Unknown`] where nobody has ever run it.
+    pub async fn forget(&self, name: &str, by: &str) -> Result<(), HandlerAccessError> {
+        // No source, and not while it is being registered.
+        let _one_at_a_time = self.inner.registering.lock().await;
+        let built_for = name.strip_suffix(super::rebuild::SUFFIX);
+        let runs = |name: &str| lock(&self.inner.handlers).contains_key(name);
+        if runs(name) {
+            return Err(HandlerAccessError::Refused(format!(
+                "handler `{name}` is registered: take it out of the configuration first, and \
+                 restart"
+            )));
+        }
+        if let Some(of) = built_for.filter(|of| runs(of)) {
+            return Err(HandlerAccessError::Refused(format!(
+                "`{name}` is a rebuild of handler `{of}`, which is registered: cancel the rebuild"
+            )));
+        }
+        let cursor = self.store().cursor(name).await?;
+        let Some(cursor) = cursor.filter(|_| !name.starts_with(SOURCE)) else {
+            return Err(HandlerAccessError::Unknown(name.into()));
+        };
+        let claim = Claim {
+            handler: name,
+            owner: &self.inner.instance,
+            ttl: self.inner.lease,
+            start: cursor,
+        };
+        let Claimed::Taken(tenure) = self.store().claim(claim).await? else {
+            return Err(HandlerAccessError::Elsewhere(name.into()));
+        };
+        // Written down first: what is gone cannot be explained later.
+        let detail = json!({ "cursor": cursor });
+        let subject = format!("handler {name}");
+        self.store().audit(&AuditEntry::new(by, "forget", subject, &detail)).await?;
+        Ok(self.store().forget(name, tenure.epoch).await?)
+    }
+
     fn look_for_redrives(&self) {
         self.inner.redrive_started.notify_one();
         for registered in lock(&self.inner.handlers).values() {
@@ -209,17 +265,20 @@ impl EventBus {
     }
 }
 
-/// The position of the first event recorded at this time or later; the one behind the head
-/// where there is none. Events are recorded in the order of their positions, as far as the
+/// The position of the first event left that was recorded at this time or later; the one behind
+/// the head where there is none. Events are recorded in the order of their positions, as far as the
 /// clock went forward.
 async fn first_since(store: &dyn EventStore, at: OffsetDateTime) -> Result<Position, StoreError> {
-    let (mut low, mut high) = (1, store.head().await?.0 + 1);
+    let extent = store.extent().await?;
+    let (mut low, mut high) = (extent.first().0, extent.head.0 + 1);
     while low < high {
         let middle = low + (high - low) / 2;
         let found: Vec<Arc<_>> = store.get(&[Position(middle)], usize::MAX).await?;
         match found.first() {
             Some(event) if event.recorded_at < at => low = middle + 1,
-            _ => high = middle,
+            Some(_) => high = middle,
+            // Removed meanwhile.
+            None => low = middle + 1,
         }
     }
     Ok(Position(low))

@@ -38,9 +38,12 @@ const LOOK: Duration = Duration::from_millis(100);
 /// in a moment, by the handler itself.
 const CAUGHT_UP: u64 = 1_000;
 
+/// What the name of a handler that is being built ends with.
+pub(super) const SUFFIX: &str = "~rebuild";
+
 /// The name of the handler that is being built for this one.
 fn name_of(handler: &str) -> Arc<str> {
-    format!("{handler}~rebuild").into()
+    format!("{handler}{SUFFIX}").into()
 }
 
 /// How far a rebuild is.
@@ -86,7 +89,7 @@ impl From<HandlerError> for Hindrance {
 }
 
 impl EventBus {
-    /// Builds what a handler keeps anew, from the first event of the log, beside what serves; it
+    /// Builds what a handler keeps anew, from the first event that is in the log, beside what serves; it
     /// is put into place when it has caught up. Goes on by itself, also after a restart.
     ///
     /// # Errors
@@ -114,7 +117,17 @@ impl EventBus {
         // Its row in the store is what a restart goes on from.
         // Written down first: a rebuild that nobody has asked for must not come of a failure.
         let subject = format!("handler {name}");
-        self.store().audit(&AuditEntry::new(by, "rebuild", subject, &json!({}))).await?;
+        let first = self.store().extent().await?.first();
+        let detail = json!({ "first": first });
+        self.store().audit(&AuditEntry::new(by, "rebuild", subject, &detail)).await?;
+        if first > Position::START.next() {
+            tracing::warn!(
+                handler = name,
+                first = first.0,
+                "what is built anew begins with the first event that is in the log: those before \
+                 it have been removed (store.retain)"
+            );
+        }
         let next = name_of(name);
         claim(&self.inner, &next).await.map_err(access)?;
         self.begin_rebuild(name.into(), handler, options);

@@ -15,7 +15,7 @@ use crate::{
     retry::RetryPolicy,
     store::{
         Log, StoreError,
-        progress::{Claim, Claimed, Epoch},
+        progress::{Claim, Claimed, Epoch, SOURCE},
     },
     telemetry::Metrics,
     transport::{Reporter, SourceState},
@@ -34,7 +34,7 @@ pub(super) struct Turns {
 impl Turns {
     /// Consumes the source whenever it is this process's turn, until stopped.
     pub(super) async fn run(self, stop: CancellationToken) {
-        let name = format!("source:{}", self.source.name);
+        let name = format!("{SOURCE}{}", self.source.name);
         let mut delays = RetryPolicy::reconnect().start();
         while !stop.is_cancelled() {
             let wait = match self.claim(&name).await {

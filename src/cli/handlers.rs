@@ -1,4 +1,4 @@
-//! `handlers list`, `pause`, `resume`, `rewind` and `rebuild`.
+//! `handlers list`, `pause`, `resume`, `rewind`, `rebuild` and `forget`.
 
 use reqwest::StatusCode;
 use serde::Deserialize;
@@ -25,9 +25,12 @@ pub(super) enum Command {
     Resume(Named),
     /// Moves a handler back: it gets the events from there on again
     Rewind(Rewind),
-    /// Builds what a handler keeps (a search index) anew from the first event on; until that is
+    /// Builds what a handler keeps (a search index) anew from the first event that is in the log; until that is
     /// done the old one answers
     Rebuild(Rebuild),
+    /// Forgets a handler that is not configured any more: its cursor, its retries and its dead
+    /// letters; old events are kept for it until then
+    Forget(Named),
 }
 
 #[derive(Debug, clap::Args)]
@@ -123,6 +126,7 @@ pub(super) async fn run(settings: &SettingsArgs, command: Command) -> Result<(),
         Command::Resume(args) => tell(settings, &args, "resume", "goes on").await,
         Command::Rewind(args) => rewind(settings, &args).await,
         Command::Rebuild(args) => rebuild(settings, &args).await,
+        Command::Forget(args) => tell(settings, &args, "forget", "is forgotten").await,
     }
 }
 

@@ -30,6 +30,7 @@ impl Settings {
         waiting.when(moved, || "data_dir".to_owned());
         waiting.when(self.log.format != new.log.format, || "log.format".to_owned());
         waiting.store(&self.store, &new.store);
+        waiting.when(self.retain != new.retain, || "store.retain".to_owned());
         let http = waiting.http(&self.http, new.http);
         waiting.limits(self.limits, new.limits);
         let sources = waiting.sources(self, new.sources);
@@ -37,6 +38,7 @@ impl Settings {
         let mut settings = Self {
             data_dir: self.data_dir.clone(),
             store: self.store.clone(),
+            retain: self.retain,
             http,
             limits: self.limits,
             shutdown_timeout: new.shutdown_timeout,

@@ -40,6 +40,6 @@ pub use load::{DEFAULT_FILE, Flag, Inputs, Loaded, load};
 pub use schema::schema;
 pub use settings::{
     CheckpointSettings, DEFAULT_LISTEN, DeadLetterSettings, ForwardSettings, HandlerKind,
-    HandlerSettings, HttpSettings, INGEST, Limits, LogLevel, ParkedSettings, RetrySettings,
-    Settings, SourceSettings, StoreSettings, TransportSettings, WindowSettings,
+    HandlerSettings, HttpSettings, INGEST, Limits, LogLevel, ParkedSettings, RetainSettings,
+    RetrySettings, Settings, SourceSettings, StoreSettings, TransportSettings, WindowSettings,
 };

@@ -57,6 +57,24 @@ pub(super) struct RawStore {
     pub(super) max_connections: Option<u32>,
     /// Postgres: TLS with the server's certificate verified (`sslmode=verify-full`), or nothing.
     pub(super) tls: Option<RawStoreTls>,
+    /// How long events are kept. Without it, for ever.
+    pub(super) retain: Option<RawRetain>,
+}
+
+/// How long events are kept: until they are older than `age`, or the log is larger than `size`,
+/// and never before every handler has done with them.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[schemars(rename = "Retain")]
+pub(super) struct RawRetain {
+    /// Older events are removed.
+    pub(super) age: Option<Span>,
+    /// While the events in the log are larger than this together, the first are removed.
+    pub(super) size: Option<Size>,
+    /// Whether copies of removed events are recognised. It costs about 60 bytes an event in SQLite
+    /// and 110 in Postgres.
+    #[schemars(extend("default" = true))]
+    pub(super) identities: Option<bool>,
 }
 
 /// TLS towards Postgres.

@@ -33,6 +33,8 @@ pub struct Settings {
     pub data_dir: PathBuf,
     /// The event log.
     pub store: StoreSettings,
+    /// How long events are kept; `None`: for ever.
+    pub retain: Option<RetainSettings>,
     /// The HTTP server.
     pub http: HttpSettings,
     /// Bounds.
@@ -68,6 +70,17 @@ pub enum StoreSettings {
     },
     /// In memory: gone at exit.
     Memory,
+}
+
+/// How long events are kept: at least one of `age` and `bytes` is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RetainSettings {
+    /// Older ones go.
+    pub age: Option<Duration>,
+    /// While the log is larger, in bytes, its first ones go.
+    pub bytes: Option<u64>,
+    /// Whether copies of what is gone are recognised. Default true.
+    pub identities: bool,
 }
 
 /// The HTTP server: API, health, metrics, ingest.

@@ -42,6 +42,13 @@ pub(super) fn show(settings: &Settings, tree: &Tree) -> String {
         }
         StoreSettings::Memory => page.line(&["store"], "url", "memory:"),
     }
+    if let Some(retain) = &settings.retain {
+        let table = ["store", "retain"];
+        page.table(&table);
+        page.some(&table, "age", retain.age.map(span));
+        page.some(&table, "size", retain.bytes.map(text::size));
+        page.line(&table, "identities", retain.identities);
+    }
 
     let http = &settings.http;
     page.table(&["http"]);

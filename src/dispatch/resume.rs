@@ -82,9 +82,22 @@ impl Resumed {
         {
             // What it had done behind its own position is lost (the index was damaged, or
             // removed): that is done again, failures included.
-            store.rewind(name, tenure.epoch, own, None).await.map_err(unread)?;
-            cursor = own;
+            cursor = store.rewind(name, tenure.epoch, own, None).await.map_err(unread)?;
+            if cursor > own {
+                say_removed(name, cursor, "what it had of them is lost and cannot be done again");
+            }
+        } else if tenure.fresh && start < cursor {
+            say_removed(name, cursor, "it is new and begins behind them");
         }
         Ok(Self { epoch: tenure.epoch, cursor, paused: tenure.paused })
     }
+}
+
+/// Says that a handler does not get all that it was to get.
+fn say_removed(handler: &str, cursor: Position, what: &str) {
+    tracing::warn!(
+        handler,
+        first = cursor.next().0,
+        "the events before the first have been removed from the log (store.retain): {what}"
+    );
 }

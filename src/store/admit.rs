@@ -11,7 +11,10 @@ use std::{
 
 use bytes::Bytes;
 
-use super::{Entry, same};
+use super::{
+    Entry,
+    same::{self, Fingerprint},
+};
 use crate::{
     event::{Event, Headers, Origin, Position},
     transport::{Mark, Receipt},
@@ -72,6 +75,15 @@ pub(super) struct HeldBefore {
     pub(super) body: Bytes,
 }
 
+/// What is known of an identity that was stored before.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Known<'k> {
+    /// The event itself.
+    Event(Position, &'k Event),
+    /// It has been removed since; this is left of it (S14).
+    Removed(Position, Fingerprint),
+}
+
 #[derive(Debug)]
 enum Outcome {
     Fresh(usize),
@@ -96,10 +108,10 @@ impl<'a> Plan<'a> {
 
     /// Sorts out copies and conflicts, those within the batch included.
     ///
-    /// `known` has the stored event of the same source and id as the event at that index.
+    /// `known` has what is stored of the same source and id as the event at that index.
     pub(super) fn checked<'k>(
         entries: &'a [Entry],
-        known: impl Fn(usize, &Event) -> Option<(Position, &'k Event)>,
+        known: impl Fn(usize, &Event) -> Option<Known<'k>>,
     ) -> Self {
         let mut plan = Self::with_capacity(entries.len());
         let mut here: HashMap<(&str, &str), usize> = HashMap::with_capacity(entries.len());
@@ -109,8 +121,15 @@ impl<'a> Plan<'a> {
                 continue;
             };
             let identity = (event.source(), event.id());
-            if let Some((position, first)) = known(index, event) {
-                match same::difference(first, event) {
+            if let Some(known) = known(index, event) {
+                let (position, difference) = match known {
+                    Known::Event(position, first) => (position, same::difference(first, event)),
+                    Known::Removed(position, content) => {
+                        let other = same::fingerprint(event) != content;
+                        (position, other.then_some("type or data, and the first has been removed"))
+                    }
+                };
+                match difference {
                     None => plan.outcomes.push(Outcome::Copy(position)),
                     Some(what) => plan.conflict(event, &position.to_string(), what, None),
                 }

@@ -6,18 +6,21 @@
 mod progress;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     fmt,
     sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
 };
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use uuid::Uuid;
 
 use super::{
-    AttemptAppend, AttemptError, Batch, EventStore, Limit, QuarantineEntry, Query, StoreError,
-    admit::{self, Plan},
-    append_isolating, row,
+    AttemptAppend, AttemptError, Batch, EventStore, Extent, HeldBy, Hold, Limit, QuarantineEntry,
+    Query, Removal, Removed, StoreError,
+    admit::{self, Known, Plan},
+    append_isolating, retain, row,
+    same::Fingerprint,
 };
 use crate::{
     event::{Event, Position, StoredEvent},
@@ -38,9 +41,14 @@ type Predicate = Box<dyn Fn(&Event) -> Option<String> + Send + Sync>;
 
 #[derive(Debug, Default)]
 struct State {
-    /// The event at position n is at index n - 1.
-    events: Vec<Arc<StoredEvent>>,
-    identities: HashMap<Arc<str>, HashMap<Box<str>, usize>>,
+    /// The event at position n is at index n - 1, less what was removed.
+    events: VecDeque<Arc<StoredEvent>>,
+    identities: HashMap<Arc<str>, HashMap<Box<str>, Position>>,
+    /// How many events were removed, and what is left of them.
+    removed: u64,
+    left: HashMap<Uuid, (Position, Fingerprint)>,
+    /// [`Extent::bytes`].
+    bytes: u64,
     quarantine: Vec<(QuarantineEntry, Bytes)>,
     marks: HashMap<Box<str>, Mark>,
     /// The number of the last quarantine entry, which may be gone.
@@ -50,16 +58,46 @@ struct State {
 
 impl State {
     fn find(&self, source: &str, id: &str) -> Option<&Arc<StoredEvent>> {
-        self.events.get(*self.identities.get(source)?.get(id)?)
+        self.at(*self.identities.get(source)?.get(id)?)
+    }
+
+    fn at(&self, position: Position) -> Option<&Arc<StoredEvent>> {
+        self.events.get(usize::try_from(position.0.checked_sub(self.removed + 1)?).ok()?)
+    }
+
+    fn known(&self, event: &Event) -> Option<Known<'_>> {
+        if let Some(stored) = self.find(event.source(), event.id()) {
+            return Some(Known::Event(stored.position, &stored.event));
+        }
+        if self.left.is_empty() {
+            return None;
+        }
+        let (position, content) = self.left.get(&retain::identity(event))?;
+        Some(Known::Removed(*position, *content))
     }
 
     fn head(&self) -> Position {
-        Position(self.events.len() as u64)
+        Position(self.removed + self.events.len() as u64)
     }
 
-    fn from(&self, after: Position) -> &[Arc<StoredEvent>] {
-        let after = usize::try_from(after.0).unwrap_or(usize::MAX).min(self.events.len());
-        &self.events[after..]
+    fn extent(&self) -> Extent {
+        Extent { removed: Position(self.removed), head: self.head(), bytes: self.bytes }
+    }
+
+    fn from(&self, after: Position) -> impl Iterator<Item = &Arc<StoredEvent>> {
+        let skip = usize::try_from(after.0.saturating_sub(self.removed)).unwrap_or(usize::MAX);
+        self.events.range(skip.min(self.events.len())..)
+    }
+
+    /// The last position that nobody needs, and who needs the next one.
+    fn bound(&self) -> retain::Bound {
+        let needs = self.progress.needs().map(|(handler, after, why)| Hold {
+            handler: Arc::clone(handler),
+            after,
+            why,
+        });
+        let hold = needs.min_by_key(|hold| (hold.after, hold.why == HeldBy::Unfinished));
+        (hold.as_ref().map_or(self.head(), |hold| hold.after), hold)
     }
 }
 
@@ -124,10 +162,7 @@ impl AttemptAppend for MemoryStore {
         self.refused(batch)?;
         let mut state = self.state_mut();
         let state = &mut *state;
-        let plan = Plan::checked(&batch.entries, |_, event| {
-            let stored = state.find(event.source(), event.id())?;
-            Some((stored.position, &stored.event))
-        });
+        let plan = Plan::checked(&batch.entries, |_, event| state.known(event));
         let head = state.head();
         let number = state.last_held;
         let receipts = plan.receipts(head, number);
@@ -147,18 +182,22 @@ impl AttemptAppend for MemoryStore {
                 (entry, held.body.clone())
             })
             .collect();
+        let headers = row::Texts::headers(plan.fresh.iter().map(|event| event.headers()))?;
+        let origins = row::Texts::origins(plan.fresh.iter().map(|event| event.origin()))?;
+        let bytes = retain::sizes(&plan.fresh, &headers, &origins);
         let fresh: Vec<_> = plan.fresh.into_iter().cloned().collect();
+        state.bytes += bytes;
         state.last_held += held.len() as u64;
         state.quarantine.extend(held);
         for event in fresh {
-            let index = state.events.len();
+            let position = state.head().next();
             let of_source = match state.identities.get_mut(event.source()) {
                 Some(of_source) => of_source,
                 None => state.identities.entry(event.source().into()).or_default(),
             };
-            of_source.insert(event.id().into(), index);
-            state.events.push(Arc::new(StoredEvent {
-                position: Position(index as u64 + 1),
+            of_source.insert(event.id().into(), position);
+            state.events.push_back(Arc::new(StoredEvent {
+                position,
                 recorded_at: batch.recorded_at,
                 event,
             }));
@@ -193,12 +232,38 @@ impl EventStore for MemoryStore {
         Ok(self.state().head())
     }
 
+    async fn extent(&self) -> Result<Extent, StoreError> {
+        Ok(self.state().extent())
+    }
+
+    async fn remove(&self, removal: &Removal) -> Result<Removed, StoreError> {
+        let mut state = self.state_mut();
+        let (extent, bound) = (state.extent(), state.bound());
+        let first = page(state.events.iter(), retain::reach(&extent, &bound, removal));
+        let chosen = retain::choose(&extent, bound, removal, &first)?;
+        for event in first.iter().take_while(|event| event.position <= chosen.to) {
+            state.bytes = state.bytes.saturating_sub(retain::size(&event.event)?);
+            state.events.pop_front();
+            state.removed += 1;
+            if let Some(of_source) = state.identities.get_mut(event.source()) {
+                of_source.remove(event.id());
+                if of_source.is_empty() {
+                    state.identities.remove(event.source());
+                }
+            }
+        }
+        let left = chosen.left.iter().map(|left| (left.identity, (left.position, left.content)));
+        state.left.extend(left);
+        let events = chosen.to.0 - chosen.from.0;
+        Ok(Removed { events, extent: state.extent(), held: chosen.held })
+    }
+
     async fn read(
         &self,
         after: Position,
         limit: Limit,
     ) -> Result<Vec<Arc<StoredEvent>>, StoreError> {
-        Ok(page(self.state().from(after).iter(), limit))
+        Ok(page(self.state().from(after), limit))
     }
 
     async fn get(
@@ -207,9 +272,7 @@ impl EventStore for MemoryStore {
         bytes: usize,
     ) -> Result<Vec<Arc<StoredEvent>>, StoreError> {
         let state = self.state();
-        let found = positions.iter().filter_map(|position| {
-            state.events.get(usize::try_from(position.0.checked_sub(1)?).ok()?)
-        });
+        let found = positions.iter().filter_map(|position| state.at(*position));
         Ok(page(found, Limit { events: usize::MAX, bytes }))
     }
 
@@ -229,7 +292,7 @@ impl EventStore for MemoryStore {
                 .filter(|event| before == Position::START || event.position < before);
             page(older.filter(wanted), limit)
         } else {
-            page(state.from(query.after).iter().filter(wanted), limit)
+            page(state.from(query.after).filter(wanted), limit)
         })
     }
 

@@ -28,6 +28,19 @@
 //!   appending the same batch again stores what is missing, once.
 //! * **S11** What was committed is there after the store is closed, or killed, and opened again
 //!   (not `memory`).
+//! * **S12** Only the beginning of the log is ever removed, by [`remove`](EventStore::remove), in
+//!   atomic steps that go through again after a crash. Positions stay as they are: what is left
+//!   is as gapless as before, the head does not move, and appends go on behind it, also where
+//!   nothing is left (G3). [`read`](EventStore::read) from before the beginning begins there; any
+//!   other gap is an error.
+//! * **S13** No step takes an event that a handler in the store may still be given: one that its
+//!   cursor has not passed, or that has a row (retrying, parked, dead). A cursor is never before
+//!   the beginning of the log: one that is set there, by a claim or a rewind, is set to it (G6).
+//! * **S14** A copy of an event that was removed still gets [`Receipt::Duplicate`] with its
+//!   position, and what conflicts with it is still quarantined, unless it was removed without
+//!   keeping its identity (G2).
+//! * **S15** What is due goes, oldest first, and no more than that: see [`Removal`]. Quarantine,
+//!   marks, redrives and the audit stay.
 //!
 //! What handlers have done is kept beside the log: the clauses D1-D8 of [`progress`].
 
@@ -36,6 +49,7 @@ mod log;
 pub mod memory;
 pub mod postgres;
 pub mod progress;
+mod retain;
 mod row;
 mod same;
 pub mod sqlite;
@@ -43,6 +57,7 @@ mod tail;
 
 pub use log::{Append, Log, LogHealth, LogOptions, Ticket};
 pub use progress::ProgressStore;
+pub use retain::{Extent, HeldBy, Hold, Removal, Removed};
 
 use std::{borrow::Cow, sync::Arc};
 
@@ -162,14 +177,24 @@ pub trait EventStore: ProgressStore {
     /// The last position; [`Position::START`] when the log is empty.
     async fn head(&self) -> Result<Position, StoreError>;
 
-    /// The events after `after`, in order, contiguous. Empty at the head.
+    /// From where to where the log goes.
+    async fn extent(&self) -> Result<Extent, StoreError>;
+
+    /// Removes the first events of the log, as far as they are due and nobody needs them: one
+    /// step (S12-S15). Where that removes none, there is nothing to do for now.
+    ///
+    /// *Concurrency*: of several that remove at once one does a step, the others nothing.
+    async fn remove(&self, removal: &Removal) -> Result<Removed, StoreError>;
+
+    /// The events after `after`, in order, contiguous. Empty at the head. Where the first of them
+    /// have been removed, those from the beginning of the log on (S12).
     async fn read(
         &self,
         after: Position,
         limit: Limit,
     ) -> Result<Vec<Arc<StoredEvent>>, StoreError>;
 
-    /// The events at these positions, which are in order, as far as they are there and their
+    /// The events at these positions, which are in order, as far as they are (still) there and their
     /// bodies add up to no more than so many bytes; the first of them is always given (S9).
     async fn get(
         &self,
@@ -215,7 +240,7 @@ pub trait EventStore: ProgressStore {
 }
 
 impl dyn EventStore {
-    /// Every event from the first to the head at the time it is reached, typed by
+    /// Every event from the first that has not been removed to the head at the time it is reached, typed by
     /// [`Event::decode`]. Events that do not fit `E` are errors in the stream, with their
     /// position; the stream goes on behind them. A store error ends it.
     pub fn stream_all<E: DeserializeOwned + Send>(

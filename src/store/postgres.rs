@@ -12,6 +12,7 @@
 mod error;
 mod progress;
 mod redrive;
+mod retain;
 mod sql;
 
 use std::{
@@ -34,10 +35,12 @@ use time::OffsetDateTime;
 use tokio::sync::Mutex;
 
 use super::{
-    AttemptAppend, AttemptError, Batch, EventStore, Limit, QuarantineEntry, Query, StoreError,
-    admit::{self, Caution, HeldBefore, Plan},
+    AttemptAppend, AttemptError, Batch, EventStore, Extent, Limit, QuarantineEntry, Query, Removal,
+    Removed, StoreError,
+    admit::{self, Caution, HeldBefore, Known, Plan},
     append_isolating,
     progress::row::Failed,
+    retain::{identity, sizes},
     row::{self, EventRow, Texts},
 };
 use crate::{
@@ -134,6 +137,9 @@ pub struct PostgresStore {
     failed: OnceLock<StoreError>,
     /// The furthest the log has been seen.
     seen: AtomicU64,
+    /// The last position that is known to be removed: where there is one, appends look for copies
+    /// of what was.
+    removed: AtomicU64,
     /// How many events a read asks for, so that a log of large bodies is not read in vain.
     page: AtomicUsize,
 }
@@ -160,12 +166,14 @@ impl PostgresStore {
             caution: Caution::default(),
             failed: OnceLock::new(),
             seen: AtomicU64::new(0),
+            removed: AtomicU64::new(0),
             page: AtomicUsize::new(usize::MAX),
         };
         let mut connection = store.open_connection().await?;
         migrate(&mut connection, &store.place).await?;
         *store.writer.lock().await = Some(connection);
         store.head().await?;
+        store.find_extent().await?;
         Ok(store)
     }
 
@@ -337,8 +345,13 @@ impl PostgresStore {
         if plan.is_empty() && batch.marks.is_empty() {
             return Ok(Some((plan.receipts(Position::START, 0), Position::START)));
         }
-        let error = match insert(connection, &plan, batch).await? {
-            Ok((head, number)) => {
+        let looks = self.removed.load(Relaxed) > 0;
+        let error = match insert(connection, &plan, batch, looks).await? {
+            Ok(None) => {
+                self.look_at_beginning(connection).await?;
+                return Ok(None);
+            }
+            Ok(Some((head, number))) => {
                 let (head, number) = (row::position(head)?, row::number(number)?);
                 self.check_head(before, head)?;
                 let end = Position(head.0 + plan.fresh.len() as u64);
@@ -363,8 +376,9 @@ impl PostgresStore {
 
     /// Plans the batch with copies looked up.
     ///
-    /// What is found stays: rows of the log are never changed. What another writer adds in the
-    /// meantime makes the insert fail, and then this is done again.
+    /// What is found stays: rows of the log are never changed, and of what is removed the identity
+    /// stays. What another writer adds in the meantime makes the insert fail, and so does what is
+    /// removed meanwhile; then this is done again.
     async fn check_copies<'b>(
         &self,
         connection: &mut PgConnection,
@@ -387,8 +401,15 @@ impl PostgresStore {
             let first = row::known_event(event, kind, &format, body)?;
             known[index] = Some((row::position(position)?, first));
         }
-        let mut plan = Plan::checked(&batch.entries, |index, _| {
-            known[index].as_ref().map(|(position, event)| (*position, event))
+        let mut gone: Vec<Option<Known<'static>>> = vec![None; batch.entries.len()];
+        if self.removed.load(Relaxed) > 0 {
+            for (index, left) in self.find_removed(connection, &indexed).await? {
+                gone[index] = Some(left);
+            }
+        }
+        let mut plan = Plan::checked(&batch.entries, |index, _| match &known[index] {
+            Some((position, event)) => Some(Known::Event(*position, event)),
+            None => gone[index],
         });
         if plan.met_copies() {
             self.caution.raise();
@@ -416,6 +437,27 @@ impl PostgresStore {
             plan.forget_held(before);
         }
         Ok(plan)
+    }
+
+    /// The events behind a position, as far as they are in a page of positions.
+    async fn read_page(
+        &self,
+        after: Position,
+        limit: Limit,
+    ) -> Result<Vec<Arc<StoredEvent>>, StoreError> {
+        let page = self.page.load(Relaxed).clamp(1, limit.events.max(1));
+        let last = after.0.saturating_add(page as u64);
+        let query = sqlx::query(sql::READ)
+            .bind(row::signed(after.0))
+            .bind(row::signed(last))
+            .bind(row::signed(limit.bytes as u64));
+        let events = self.events(query).await?;
+        if !events.is_empty() {
+            let bytes: usize = events.iter().map(|event| event.body().len()).sum();
+            let fit = limit.bytes / (bytes / events.len()).max(1);
+            self.page.store(fit.saturating_add(fit / 4).max(16), Relaxed);
+        }
+        Ok(events)
     }
 
     async fn events(
@@ -456,12 +498,18 @@ impl PostgresStore {
     }
 }
 
-/// Runs the append; the inner error is the database's.
+/// What an append has come to: where the log and quarantine ended before; `None` where it was not
+/// done, because it does not know what was removed, or knows of what it has that it was. The inner
+/// error is the database's.
+type Inserted = Result<Result<Option<(i64, i64)>, sqlx::Error>, AttemptError>;
+
+/// Runs the append; whether it looks for copies of what was removed.
 async fn insert(
     connection: &mut PgConnection,
     plan: &Plan<'_>,
     batch: &Batch,
-) -> Result<Result<(i64, i64), sqlx::Error>, AttemptError> {
+    looks: bool,
+) -> Inserted {
     let Plan { fresh, held, .. } = plan;
     for event in fresh {
         row::body_text(event)?;
@@ -471,6 +519,7 @@ async fn insert(
     let held_headers = Texts::headers(held.iter().map(|h| h.headers))?;
     let held_origins = Texts::origins(held.iter().map(|h| h.origin))?;
     let marks = admit::fold_marks(&batch.marks);
+    let looked_for = if looks { &fresh[..] } else { &[] };
     // Each array goes straight from the events into the message to the server.
     Ok(sqlx::query_as::<_, (i64, i64)>(sql::APPEND)
         .bind(row::signed(fresh.len() as u64))
@@ -495,7 +544,10 @@ async fn insert(
         .bind(marks.iter().map(|(source, _)| *source).bind_iter())
         .bind(marks.iter().map(|(_, mark)| &*mark.incarnation).bind_iter())
         .bind(marks.iter().map(|(_, mark)| row::signed(mark.sequence)).bind_iter())
-        .fetch_one(connection)
+        .bind(row::signed(sizes(fresh, &headers, &origins)))
+        .bind(looks)
+        .bind(looked_for.iter().map(|event| identity(event)).bind_iter())
+        .fetch_optional(connection)
         .await)
 }
 
@@ -512,6 +564,7 @@ async fn migrate(connection: &mut PgConnection, place: &str) -> Result<(), Store
         migration(1, "log", include_str!("migrations/postgres/0001_log.sql")),
         migration(2, "dead letters", include_str!("migrations/postgres/0002_dead_letters.sql")),
         migration(3, "progress", include_str!("migrations/postgres/0003_progress.sql")),
+        migration(4, "retain", include_str!("migrations/postgres/0004_retain.sql")),
     ]);
     migrator.dangerous_set_table_name("pulsebus_migrations");
     migrator.run_direct(None, connection, false).await.map_err(|error| match error {
@@ -593,6 +646,14 @@ impl EventStore for PostgresStore {
         append_isolating(self, batch).await
     }
 
+    async fn extent(&self) -> Result<Extent, StoreError> {
+        self.find_extent().await
+    }
+
+    async fn remove(&self, removal: &Removal) -> Result<Removed, StoreError> {
+        self.remove_step(removal).await
+    }
+
     async fn head(&self) -> Result<Position, StoreError> {
         let before = self.seen.load(Relaxed);
         let query = sqlx::query_scalar("SELECT position FROM log_head");
@@ -608,20 +669,20 @@ impl EventStore for PostgresStore {
         after: Position,
         limit: Limit,
     ) -> Result<Vec<Arc<StoredEvent>>, StoreError> {
-        let page = self.page.load(Relaxed).clamp(1, limit.events.max(1));
-        let last = after.0.saturating_add(page as u64);
-        let query = sqlx::query(sql::READ)
-            .bind(row::signed(after.0))
-            .bind(row::signed(last))
-            .bind(row::signed(limit.bytes as u64));
-        let events = self.events(query).await?;
-        row::contiguous(after, &events)?;
-        if !events.is_empty() {
-            let bytes: usize = events.iter().map(|event| event.body().len()).sum();
-            let fit = limit.bytes / (bytes / events.len()).max(1);
-            self.page.store(fit.saturating_add(fit / 4).max(16), Relaxed);
+        let mut after = after;
+        loop {
+            let events = self.read_page(after, limit).await?;
+            if events.first().is_none_or(|event| event.position != after.next()) {
+                // They may have been removed, also since this was asked a moment ago.
+                let removed = self.find_extent().await?.removed;
+                if after < removed {
+                    after = removed;
+                    continue;
+                }
+            }
+            row::contiguous(after, &events)?;
+            return Ok(events);
         }
-        Ok(events)
     }
 
     async fn get(
@@ -642,7 +703,7 @@ impl EventStore for PostgresStore {
         let sql = sql::list(query);
         let mut events: Vec<Arc<StoredEvent>> = Vec::new();
         let mut left = query.bytes;
-        let mut ranges = row::Ranges::new(query, self.head().await?);
+        let mut ranges = row::Ranges::new(query, &self.find_extent().await?);
         while let Some((low, high)) = ranges.next().filter(|_| events.len() < query.limit) {
             let mut statement = sqlx::query(AssertSqlSafe(sql.as_str()))
                 .bind(row::signed(low))

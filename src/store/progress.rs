@@ -8,7 +8,8 @@
 //! # Contract
 //!
 //! * **D1** [`claim`](ProgressStore::claim) gives the handler to one process; its epoch is
-//!   higher than every one before. A handler nobody had gets the cursor that was asked for.
+//!   higher than every one before. A handler nobody had gets the cursor that was asked for, or
+//!   the beginning of the log where that is further.
 //! * **D2** What is written under an epoch that is not the handler's last one is refused with
 //!   [`StoreError::Fenced`], and changes nothing.
 //! * **D3** A [`checkpoint`](ProgressStore::checkpoint) is atomic and durable when it returns:
@@ -37,6 +38,10 @@ use time::OffsetDateTime;
 use super::StoreError;
 use crate::event::Position;
 
+/// What the name of a claim on a source begins with: it has a row as a handler has, but needs no
+/// event of the log.
+pub(crate) const SOURCE: &str = "source:";
+
 /// The number of a claim on a handler: each is higher than the last (D1).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Epoch(pub u64);
@@ -51,7 +56,8 @@ pub struct Claim<'a> {
     /// For how long, unless it is [renewed](ProgressStore::renew). Stores that one process
     /// uses at a time do not wait for an owner: there the last claim counts.
     pub ttl: Duration,
-    /// The cursor of a handler that has none.
+    /// The cursor of a handler that has none; that is not before the beginning of the log
+    /// ([S13](super)).
     pub start: Position,
 }
 
@@ -362,7 +368,7 @@ pub struct AuditEntry {
     pub at: OffsetDateTime,
     /// Who.
     pub by: String,
-    /// What: `pause`, `resume`, `rewind`, `rebuild`, `retry`, `discard`, `cancel`.
+    /// What: `pause`, `resume`, `rewind`, `rebuild`, `forget`, `retry`, `discard`, `cancel`.
     pub action: String,
     /// Of what: `handler search`, `redrive 7`.
     pub subject: String,
@@ -419,7 +425,8 @@ pub trait ProgressStore: Send + Sync + 'static {
     /// [`StoreError::Fenced`] where somebody else has claimed the handler.
     async fn checkpoint(&self, checkpoint: &Checkpoint) -> Result<(), StoreError>;
 
-    /// Moves a cursor back, or forth, by hand (D2, D5).
+    /// Moves a cursor back, or forth, by hand (D2, D5). Says where it is then: not before the
+    /// beginning of the log ([S13](super)).
     ///
     /// # Errors
     /// [`StoreError::Fenced`] where somebody else has claimed the handler.
@@ -429,7 +436,7 @@ pub trait ProgressStore: Send + Sync + 'static {
         epoch: Epoch,
         to: Position,
         audit: Option<&AuditEntry>,
-    ) -> Result<(), StoreError>;
+    ) -> Result<Position, StoreError>;
 
     /// Gives `to` the cursor and rows of `from`, whose own are gone afterwards (D2, D8). Both
     /// epochs are checked.

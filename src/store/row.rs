@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use time::OffsetDateTime;
 
-use super::{AttemptError, Entry, QuarantineEntry, Query, StoreError, admit::Held};
+use super::{AttemptError, Entry, Extent, QuarantineEntry, Query, StoreError, admit::Held};
 use crate::event::{
     Event, EventParts, Format, HeaderValue, Headers, Origin, Position, StoredEvent,
 };
@@ -55,6 +55,11 @@ impl Texts {
         }
         let text = String::from_utf8(text).map_err(|e| AttemptError::Refused(e.to_string()))?;
         Ok(Self { text, ends })
+    }
+
+    /// How many bytes they have together.
+    pub(super) const fn len(&self) -> usize {
+        self.text.len()
     }
 
     pub(super) fn iter(&self) -> impl ExactSizeIterator<Item = &str> {
@@ -263,12 +268,13 @@ impl Ranges {
     const FIRST: u64 = 1 << 14;
     const LAST: u64 = 1 << 20;
 
-    pub(super) const fn new(query: &Query, head: Position) -> Self {
+    pub(super) fn new(query: &Query, log: &Extent) -> Self {
+        let Extent { removed, head, .. } = log;
         let filtered = query.kind.is_some() || query.key.is_some();
         let (low, high) = match (query.descending, query.after.0) {
-            (false, after) => (after, head.0),
-            (true, before) if before == 0 || before > head.0 => (0, head.0),
-            (true, before) => (0, before - 1),
+            (false, after) => (after.max(removed.0), head.0),
+            (true, before) if before == 0 || before > head.0 => (removed.0, head.0),
+            (true, before) => (removed.0, before - 1),
         };
         let step = if filtered { Self::FIRST } else { u64::MAX };
         Self { low, high, step, descending: query.descending }
@@ -303,13 +309,27 @@ mod tests {
     use super::*;
 
     fn ranges(after: u64, descending: bool, head: u64) -> Vec<(u64, u64)> {
+        behind(0, after, descending, head)
+    }
+
+    fn behind(removed: u64, after: u64, descending: bool, head: u64) -> Vec<(u64, u64)> {
         let query = Query {
             after: Position(after),
             descending,
             kind: Some("a".into()),
             ..Query::default()
         };
-        Ranges::new(&query, Position(head)).collect()
+        let log = Extent { removed: Position(removed), head: Position(head), bytes: 0 };
+        Ranges::new(&query, &log).collect()
+    }
+
+    #[test]
+    fn ranges_begin_where_the_log_does() {
+        assert_eq!(behind(1 << 40, 7, false, (1 << 40) + 2), [(1 << 40, (1 << 40) + 2)]);
+        assert_eq!(behind(5, 6, false, 7), [(6, 7)]);
+        assert_eq!(behind(5, 0, true, 7), [(5, 7)]);
+        assert_eq!(behind(5, 4, true, 7), []);
+        assert_eq!(behind(7, 0, false, 7), []);
     }
 
     #[test]

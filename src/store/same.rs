@@ -2,7 +2,42 @@
 
 use std::borrow::Cow;
 
+use sha2::{Digest as _, Sha256};
+
 use crate::event::{Event, Format};
+
+/// What is left of an event's type and data when it is removed: for copies the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Fingerprint(pub(super) i64);
+
+/// The fingerprint of an event: that of two events is the same where [`difference`] finds none.
+pub(super) fn fingerprint(event: &Event) -> Fingerprint {
+    let mut hash = Sha256::new();
+    text(&mut hash, b'k', event.kind());
+    let data = event.data();
+    match Parser::document(data) {
+        Some(value) => {
+            value.hash(&mut hash);
+            if value == Json::Null
+                && let Some(binary) = binary_data(event)
+            {
+                text(&mut hash, b'b', &binary);
+            }
+        }
+        None => text(&mut hash, b'?', data),
+    }
+    let digest: [u8; 32] = hash.finalize().into();
+    let mut part = [0; 8];
+    part.copy_from_slice(&digest[..8]);
+    Fingerprint(i64::from_be_bytes(part))
+}
+
+/// With a letter for what it is, and its length, so that no two values are hashed alike.
+fn text(hash: &mut Sha256, kind: u8, text: &str) {
+    hash.update([kind]);
+    hash.update((text.len() as u64).to_be_bytes());
+    hash.update(text.as_bytes());
+}
 
 /// What the second of two events with the same source and id differs in; `None` for a copy.
 pub(super) fn difference(first: &Event, second: &Event) -> Option<&'static str> {
@@ -61,6 +96,39 @@ enum Json<'a> {
     /// Sorted by name. Repeated names are kept, in their order: what such an object means is
     /// undefined (RFC 8259, section 4), so nothing is assumed about it.
     Object(Vec<(Cow<'a, str>, Json<'a>)>),
+}
+
+impl Json<'_> {
+    fn hash(&self, hash: &mut Sha256) {
+        match self {
+            Self::Null => hash.update(b"n"),
+            Self::Bool(false) => hash.update(b"f"),
+            Self::Bool(true) => hash.update(b"t"),
+            Self::Number(Number::Zero) => hash.update(b"0"),
+            Self::Number(Number::Decimal { negative, digits, exponent }) => {
+                text(hash, if *negative { b'-' } else { b'+' }, digits);
+                hash.update(exponent.to_be_bytes());
+            }
+            Self::Number(Number::Verbatim(number)) => text(hash, b'v', number),
+            Self::Text(string) => text(hash, b's', string),
+            Self::Unpaired(string) => text(hash, b'u', string),
+            Self::Array(items) => {
+                hash.update(b"[");
+                hash.update((items.len() as u64).to_be_bytes());
+                for item in items {
+                    item.hash(hash);
+                }
+            }
+            Self::Object(members) => {
+                hash.update(b"{");
+                hash.update((members.len() as u64).to_be_bytes());
+                for (name, value) in members {
+                    text(hash, b'm', name);
+                    value.hash(hash);
+                }
+            }
+        }
+    }
 }
 
 /// A number as exact decimal: `0.digits × 10^exponent`. `f64` would make 2^53 and 2^53+1 the
@@ -240,6 +308,7 @@ impl<'a> Parser<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::event::{EventParts, Headers, Origin};
     use proptest::prelude::*;
     use serde_json::Value;
 
@@ -259,6 +328,7 @@ mod tests {
             ("[\"\\ud800\"]", "[ \"\\ud800\" ]"),
         ] {
             assert!(same_json(a, b), "{a} and {b}");
+            assert_eq!(of(a), of(b), "{a} and {b}");
         }
     }
 
@@ -280,7 +350,36 @@ mod tests {
             ("\"\\u0000\"", "\"\""),
         ] {
             assert!(!same_json(a, b), "{a} and {b}");
+            assert_ne!(of(a), of(b), "{a} and {b}");
         }
+    }
+
+    /// The fingerprint of an event with this body.
+    fn of(body: &str) -> Fingerprint {
+        fingerprint(&raw("t", body))
+    }
+
+    fn raw(kind: &str, body: &str) -> Event {
+        Event::from_parts(EventParts {
+            id: "1".into(),
+            source: "/".into(),
+            kind: kind.into(),
+            subject: None,
+            time: None,
+            key: "k".into(),
+            format: Format::Raw,
+            headers: Headers::new(),
+            origin: Origin::default(),
+            body: body.to_owned().into(),
+        })
+    }
+
+    #[test]
+    fn S14_a_fingerprint_is_of_type_and_data_and_the_same_in_every_version() {
+        assert_ne!(fingerprint(&raw("a", "1")), fingerprint(&raw("b", "1")));
+        // Kept in databases: it must never change.
+        let value = "{\"a\":[1.50,null,true,\"x\"]}";
+        assert_eq!(of(value), Fingerprint(-1_016_001_350_411_516_968));
     }
 
     fn json() -> impl Strategy<Value = Value> {
@@ -305,11 +404,13 @@ mod tests {
             let tight = serde_json::to_string(&value).unwrap();
             let wide = serde_json::to_string_pretty(&value).unwrap();
             prop_assert!(same_json(&tight, &wide));
+            prop_assert_eq!(of(&tight), of(&wide));
         }
 
         #[test]
         fn S5_values_are_compared_as_serde_compares_them(a in json(), b in json()) {
             prop_assert_eq!(same_json(&a.to_string(), &b.to_string()), a == b);
+            prop_assert_eq!(of(&a.to_string()) == of(&b.to_string()), a == b);
         }
 
         #[test]

@@ -9,6 +9,7 @@ mod migrate;
 mod progress;
 mod read;
 mod redrive;
+mod retain;
 mod text;
 
 use std::{
@@ -30,8 +31,8 @@ use self::{
     read::{COLUMNS, HeldRow, held_row},
 };
 use super::{
-    AttemptError, Batch, EventStore, Limit, QuarantineEntry, Query, StoreError, admit::Caution,
-    append_isolating, progress::row::Failed, row,
+    AttemptError, Batch, EventStore, Extent, Limit, QuarantineEntry, Query, Removal, Removed,
+    StoreError, admit::Caution, append_isolating, progress::row::Failed, row,
 };
 use crate::{
     event::{Position, StoredEvent},
@@ -187,6 +188,14 @@ impl EventStore for SqliteStore {
         append_isolating(self, batch).await
     }
 
+    async fn extent(&self) -> Result<Extent, StoreError> {
+        self.find_extent().await
+    }
+
+    async fn remove(&self, removal: &Removal) -> Result<Removed, StoreError> {
+        self.remove_step(removal).await
+    }
+
     async fn head(&self) -> Result<Position, StoreError> {
         let head: i64 = sqlx::query_scalar("SELECT position FROM log_head")
             .fetch_one(&self.readers)
@@ -200,14 +209,14 @@ impl EventStore for SqliteStore {
         after: Position,
         limit: Limit,
     ) -> Result<Vec<Arc<StoredEvent>>, StoreError> {
-        let sql =
-            format!("SELECT {COLUMNS} FROM events WHERE position > ? ORDER BY position LIMIT ?");
-        let query = sqlx::query(AssertSqlSafe(sql))
-            .bind(row::signed(after.0))
-            .bind(row::signed(limit.events as u64));
-        let mut events = Vec::new();
-        self.fetch(query, limit.bytes, &mut events).await?;
-        row::contiguous(after, &events)?;
+        let events = self.read_page(after, limit).await?;
+        let Some(first) = events.first() else { return Ok(events) };
+        let mut before = Position(first.position.0.saturating_sub(1));
+        if before != after && self.find_extent().await?.removed < before {
+            // What is missing is more than what was removed.
+            before = after;
+        }
+        row::contiguous(before, &events)?;
         Ok(events)
     }
 
@@ -241,7 +250,7 @@ impl EventStore for SqliteStore {
              ORDER BY position {order} LIMIT ?5"
         );
         let mut events = Vec::new();
-        let mut ranges = row::Ranges::new(query, self.head().await?);
+        let mut ranges = row::Ranges::new(query, &self.find_extent().await?);
         while let Some((low, high)) = ranges.next().filter(|_| events.len() < query.limit) {
             let statement = sqlx::query(AssertSqlSafe(sql.as_str()))
                 .bind(row::signed(low))

@@ -65,6 +65,14 @@ pub struct Metrics {
     pub commit_failures: Counter,
     /// The last position of the log.
     pub head: Gauge<u64, AtomicU64>,
+    /// The first position that is in the log, where `store.retain` is set.
+    pub first: Gauge<u64, AtomicU64>,
+    /// How large the events in the log are, where `store.retain` is set.
+    pub log_bytes: Gauge<u64, AtomicU64>,
+    /// Events that `store.retain` has removed.
+    pub events_removed: Counter,
+    /// The handler that needs the first event of the log, though it is due to be removed: 1.
+    pub retention_held: Family<HandlerLabels, Gauge>,
     /// Outcomes of events in handlers.
     pub handled: Family<OutcomeLabels, Counter>,
     /// Seconds from a handler being called to its outcome: one observation a call, which may
@@ -101,6 +109,10 @@ impl Default for Metrics {
             commit_seconds: seconds(),
             commit_failures: Counter::default(),
             head: Gauge::default(),
+            first: Gauge::default(),
+            log_bytes: Gauge::default(),
+            events_removed: Counter::default(),
+            retention_held: Family::default(),
             handled: Family::default(),
             handler_seconds: Family::new_with_constructor(|| {
                 Histogram::new(exponential_buckets(0.000_1, 2.5, 14))
@@ -138,6 +150,23 @@ impl Default for Metrics {
             metrics.commit_failures.clone(),
         );
         r.register("head_position", "Last position of the log", metrics.head.clone());
+        r.register("first_position", "First position in the log", metrics.first.clone());
+        r.register_with_unit(
+            "log",
+            "Size of the events in the log",
+            Unit::Bytes,
+            metrics.log_bytes.clone(),
+        );
+        r.register(
+            "events_removed",
+            "Events removed from the log by retention",
+            metrics.events_removed.clone(),
+        );
+        r.register(
+            "retention_held",
+            "1 for the handler that needs an event which is due to be removed",
+            metrics.retention_held.clone(),
+        );
         r.register("handled", "Outcomes of events in handlers", metrics.handled.clone());
         r.register_with_unit(
             "handler",

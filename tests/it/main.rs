@@ -41,6 +41,7 @@ mod readme;
 mod rebuild;
 mod redrive;
 mod reload;
+mod retain;
 mod store;
 mod support;
 mod tls;

@@ -13,7 +13,8 @@
 //!   discarded; a key goes backwards only after a restart, a rewind or a batch that ended without
 //!   outcomes, and then goes the whole way again;
 //! * **G6** whenever there was a crash, everything up to the saved cursor has been done, was
-//!   discarded, or has a row.
+//!   discarded, or has a row; and what retention has removed from the log, in every other run, has
+//!   been done or was discarded.
 //!
 //! `MODEL_SEED` and `MODEL_RUNS` choose the runs; `tests/run --soak` makes many of them.
 //!
@@ -38,7 +39,7 @@ use std::{
 
 use async_trait::async_trait;
 use pulsebus::{
-    bus::{EventBus, RewindTo},
+    bus::{EventBus, RetainOptions, RewindTo},
     dispatch::{HandlerOptions, OnDead},
     event::{NewEvent, Position, StoredEvent},
     handler::{Batching, EventHandler, HandlerError, Outcome},
@@ -284,12 +285,22 @@ impl Run {
                 Fate::After
             }
         });
-        let builder = EventBus::builder().store(store).lease(LEASE);
+        let mut builder = EventBus::builder().store(store).lease(LEASE);
+        if self.removes() {
+            // Everything is due at once: what stays is what somebody needs.
+            let (bytes, interval) = (Some(0), Duration::from_millis(3));
+            builder = builder.retain(RetainOptions { bytes, interval, ..RetainOptions::default() });
+        }
         let bus = builder.build().await.expect("a store that works");
         let witness = self.witness(&dead);
         bus.register_handler_with(witness, self.options.clone()).await.unwrap();
         bus.start_worker_pool(2);
         self.sittings.push(Sitting { bus, dead, faults, asleep });
+    }
+
+    /// Whether what is finished is removed from the log meanwhile: in every other run.
+    const fn removes(&self) -> bool {
+        self.seed % 2 == 1
     }
 
     fn sitting(&self) -> &Sitting {
@@ -463,6 +474,7 @@ impl Run {
         assert!(rows.is_empty(), "seed {}: left behind: {rows:?}\n{:#?}", self.seed, self.steps);
         let cursor = self.store.cursor(NAME).await.unwrap();
         assert_eq!(cursor, Some(Position(self.keys.len() as u64)), "seed {}", self.seed);
+        self.audit_cursor().await;
     }
 
     fn done(&self) -> BTreeSet<u64> {
@@ -476,6 +488,17 @@ impl Run {
         let rows = self.store.unfinished(NAME, Position::START, 100_000).await.unwrap();
         let rows: BTreeSet<u64> = rows.iter().map(|row| row.position.0).collect();
         let done = self.done();
+        let removed = self.store.extent().await.unwrap().removed;
+        assert!(removed <= cursor, "seed {}: removed up to {removed}, cursor {cursor}", self.seed);
+        for position in 1..=removed.0 {
+            assert!(
+                !rows.contains(&position)
+                    && (done.contains(&position) || self.discarded.contains(&position)),
+                "seed {}: S13: {position} is removed and was not finished\n{:#?}",
+                self.seed,
+                self.steps,
+            );
+        }
         for position in 1..=cursor.0 {
             assert!(
                 done.contains(&position)

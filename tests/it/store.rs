@@ -33,7 +33,7 @@ use tokio::{sync::Mutex, task::JoinSet};
 
 use crate::{
     conformance::{
-        progress,
+        progress, retain,
         store::{self as suite, Fixture, Random},
     },
     support::{postgres, process, wait_until},
@@ -125,6 +125,23 @@ conformance!(
         dead_letters_are_found_page_by_page,
         dead_letters_are_published_once,
         texts_are_kept_as_far_as_the_database_can,
+    ]
+);
+
+conformance!(
+    memory_retain,
+    retain,
+    Memory::new(),
+    [
+        S12_only_the_beginning_is_removed,
+        S12_several_remove_at_once,
+        S13_nothing_goes_that_a_handler_needs,
+        S13_a_cursor_is_never_before_the_beginning,
+        S13_a_handler_that_comes_amid_steps_misses_nothing,
+        S14_copies_of_what_was_removed_are_known,
+        S14_without_identities_a_copy_is_stored_again,
+        S14_each_is_stored_once_amid_steps,
+        S15_what_is_due_goes_and_no_more,
     ]
 );
 
@@ -223,6 +240,23 @@ conformance!(
     ]
 );
 
+conformance!(
+    sqlite_retain,
+    retain,
+    Sqlite::new(),
+    [
+        S12_only_the_beginning_is_removed,
+        S12_several_remove_at_once,
+        S13_nothing_goes_that_a_handler_needs,
+        S13_a_cursor_is_never_before_the_beginning,
+        S13_a_handler_that_comes_amid_steps_misses_nothing,
+        S14_copies_of_what_was_removed_are_known,
+        S14_without_identities_a_copy_is_stored_again,
+        S14_each_is_stored_once_amid_steps,
+        S15_what_is_due_goes_and_no_more,
+    ]
+);
+
 struct Postgres(postgres::Database);
 
 impl Postgres {
@@ -316,6 +350,23 @@ conformance!(
     ]
 );
 
+conformance!(
+    postgres_retain,
+    retain,
+    Postgres::new(),
+    [
+        S12_only_the_beginning_is_removed,
+        S12_several_remove_at_once,
+        S13_nothing_goes_that_a_handler_needs,
+        S13_a_cursor_is_never_before_the_beginning,
+        S13_a_handler_that_comes_amid_steps_misses_nothing,
+        S14_copies_of_what_was_removed_are_known,
+        S14_without_identities_a_copy_is_stored_again,
+        S14_each_is_stored_once_amid_steps,
+        S15_what_is_due_goes_and_no_more,
+    ]
+);
+
 /// A server of its own, to kill.
 struct Mortal(Mutex<postgres::PostgresServer>);
 
@@ -341,6 +392,62 @@ impl Fixture for Mortal {
 async fn postgres_S10_S11_a_crash_amid_appends() {
     let server = postgres::PostgresServer::start().await;
     suite::S10_S11_a_crash_amid_appends(&Mortal(Mutex::new(server))).await;
+}
+
+/// What a step does, by hand, in a transaction that has the head row while an append waits for it:
+/// the append has begun before, and sees neither the event nor what is left of it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn postgres_S14_an_append_that_has_waited_for_a_step_sees_what_is_left() {
+    const STEP: &str = "
+        INSERT INTO removed_identities (identity, position, content)
+        SELECT encode(substring(sha256(int8send(octet_length(source)) || convert_to(source, 'UTF8')
+            || convert_to(id, 'UTF8')) FROM 1 FOR 16), 'hex')::uuid, position, 0
+        FROM events WHERE position <= $1 ON CONFLICT DO NOTHING";
+    let postgres = Postgres::new().await;
+    let store = postgres.open().await;
+    let events = (1..=3).map(|n| suite::event(&n.to_string()));
+    store.append(&suite::batch(events)).await.unwrap();
+    let mut by_hand = PgConnection::connect(&postgres.0.url).await.unwrap();
+    // What a transaction sees of others' activity stays as it first was.
+    let mut look = PgConnection::connect(&postgres.0.url).await.unwrap();
+    // Nothing was removed before, and something was.
+    for position in [1_i64, 2] {
+        // A new one each time, which looks for no copies beforehand.
+        let store = postgres.open().await;
+        let mut tx = by_hand.begin().await.unwrap();
+        sqlx::query("SELECT FROM log_head FOR UPDATE").execute(&mut *tx).await.unwrap();
+        let copy = suite::batch([suite::event(&position.to_string())]);
+        let (appending, batch) = (Arc::clone(&store), copy.clone());
+        let mut waiting = JoinSet::new();
+        waiting.spawn(async move { appending.append(&batch).await });
+        wait_until("the append waits for the head row", async || {
+            let waits: bool = sqlx::query_scalar(
+                "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted AND pid IN
+                    (SELECT pid FROM pg_stat_activity WHERE datname = current_database()))",
+            )
+            .fetch_one(&mut look)
+            .await
+            .unwrap();
+            waits.then_some(())
+        })
+        .await;
+        sqlx::query(STEP).bind(position).execute(&mut *tx).await.unwrap();
+        for sql in ["DELETE FROM events WHERE position <= $1", "UPDATE log_head SET removed = $1"] {
+            sqlx::query(sql).bind(position).execute(&mut *tx).await.unwrap();
+        }
+        tx.commit().await.unwrap();
+        let receipts = waiting.join_next().await.unwrap().unwrap().unwrap();
+        // By hand no content was kept, so that it is no copy; and it is not new.
+        let Receipt::Quarantined { reason, .. } = &receipts[0] else { panic!("{receipts:?}") };
+        assert!(reason.contains("has been removed"), "{reason}");
+    }
+    assert_eq!(store.head().await.unwrap(), Position(3));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn postgres_S12_S14_a_crash_amid_steps() {
+    let server = postgres::PostgresServer::start().await;
+    retain::S12_S14_a_crash_amid_steps(&Mortal(Mutex::new(server))).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -42,6 +42,7 @@ impl Check<'_> {
         let limits = self.limits(raw.limits.as_ref());
         let http = self.http(raw.http.as_ref());
         let store = self.store(raw.store.as_ref(), &data_dir);
+        let retain = self.retain(raw.store.as_ref().and_then(|store| store.retain.as_ref()));
         let log = self.log(raw.log.as_ref());
         let shutdown_timeout =
             self.span(&["shutdown_timeout"], raw.shutdown_timeout, Duration::from_secs(25));
@@ -51,6 +52,7 @@ impl Check<'_> {
         Settings {
             data_dir,
             store,
+            retain,
             http,
             limits,
             shutdown_timeout,

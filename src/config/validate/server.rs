@@ -11,8 +11,9 @@ use url::Url;
 use super::Check;
 use crate::{
     config::{
-        raw::{RawHttp, RawHttpTls, RawLimits, RawLog, RawLogFormat, RawStore},
-        settings::{DEFAULT_LISTEN, HttpSettings, Limits, StoreSettings},
+        raw::{RawHttp, RawHttpTls, RawLimits, RawLog, RawLogFormat, RawRetain, RawStore},
+        settings::{DEFAULT_LISTEN, HttpSettings, Limits, RetainSettings, StoreSettings},
+        text::{Size, Span},
     },
     secret::Secret,
     telemetry::{LogFormat, LogSettings, filter as filter_of_log},
@@ -22,6 +23,9 @@ use crate::{
 const KIB: usize = 1 << 10;
 const MIB: usize = 1 << 20;
 const GIB: usize = 1 << 30;
+
+/// Nobody means to remove what has just come in.
+const MIN_AGE: Duration = Duration::from_secs(1);
 
 impl Check<'_> {
     pub(super) fn store(&mut self, raw: Option<&RawStore>, data_dir: &Path) -> StoreSettings {
@@ -80,6 +84,25 @@ impl Check<'_> {
             4..=1_000,
         );
         StoreSettings::Postgres { url: secret, max_connections, tls }
+    }
+
+    pub(super) fn retain(&mut self, raw: Option<&RawRetain>) -> Option<RetainSettings> {
+        let RawRetain { age, size, identities } = raw?;
+        if age.is_none() && size.is_none() {
+            // Nothing is removed for neither reason.
+            return None;
+        }
+        if age.is_some_and(|Span(age)| age < MIN_AGE) {
+            self.wrong(&["store", "retain", "age"], "must be at least 1s");
+        }
+        if size.is_some_and(|Size(bytes)| bytes == 0) {
+            self.wrong(&["store", "retain", "size"], "must be more than 0");
+        }
+        Some(RetainSettings {
+            age: age.map(|Span(age)| age),
+            bytes: size.map(|Size(bytes)| bytes),
+            identities: identities.unwrap_or(true),
+        })
     }
 
     /// TLS towards Postgres, of which the URL may say less than is good.

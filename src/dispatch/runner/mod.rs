@@ -72,7 +72,7 @@ pub(crate) enum Command {
     /// There may be something to redrive.
     Redrive,
     /// The cursor is to be moved.
-    Rewind { to: Position, audit: AuditEntry, done: oneshot::Sender<Result<(), String>> },
+    Rewind { to: Position, audit: AuditEntry, done: oneshot::Sender<Result<Position, String>> },
 }
 
 /// How a runner ended.
@@ -216,7 +216,7 @@ struct Lease {
 struct Rewind {
     to: Position,
     audit: AuditEntry,
-    done: oneshot::Sender<Result<(), String>>,
+    done: oneshot::Sender<Result<Position, String>>,
 }
 
 impl Runner {
@@ -588,7 +588,7 @@ impl Runner {
             store.rewind(&self.name, self.epoch, to.min(head), Some(&audit)).await
         };
         let moved = moved.await.map_err(|error: StoreError| error.to_string());
-        if moved.is_ok() {
+        if let Ok(to) = moved {
             // Whoever has asked for it must not find it where it was.
             self.status.set_position(to);
             self.status.set_settled(to);

@@ -13,10 +13,10 @@ use super::MemoryStore;
 use crate::{
     event::{Position, now},
     store::{
-        StoreError,
+        HeldBy, StoreError,
         progress::{
-            AuditEntry, Change, Checkpoint, Claim, Claimed, DeadLetter, DeadLetterFilter, Epoch,
-            Failure, NewRedrive, ProgressStore, QuarantineFilter, Redrive, RedriveAction,
+            self, AuditEntry, Change, Checkpoint, Claim, Claimed, DeadLetter, DeadLetterFilter,
+            Epoch, Failure, NewRedrive, ProgressStore, QuarantineFilter, Redrive, RedriveAction,
             RedriveState, Redriven, RedrivenEntry, Selection, SettledEntry, Standing, Tenure,
             Unfinished,
         },
@@ -86,6 +86,16 @@ impl Progress {
             Some(state) if state.epoch == epoch.0 => Ok(state),
             _ => Err(StoreError::fenced(handler)),
         }
+    }
+
+    /// What each handler needs: everything behind a position.
+    pub(super) fn needs(&self) -> impl Iterator<Item = (&Arc<str>, Position, HeldBy)> {
+        let handlers = self.handlers.iter().filter(|(name, _)| !name.starts_with(progress::SOURCE));
+        handlers.flat_map(|(name, handler)| {
+            let row = handler.rows.keys().next();
+            let row = row.map(|at| (name, Position(at.0.saturating_sub(1)), HeldBy::Unfinished));
+            std::iter::once((name, handler.cursor, HeldBy::Cursor)).chain(row)
+        })
     }
 
     fn dead(&self) -> impl Iterator<Item = (&Arc<str>, &Handler, &Row)> {
@@ -158,12 +168,13 @@ impl ProgressStore for MemoryStore {
 
     async fn claim(&self, claim: Claim<'_>) -> Result<Claimed, StoreError> {
         let mut state = self.state_mut();
+        let removed = Position(state.removed);
         let Progress { handlers, epoch, .. } = &mut state.progress;
         *epoch += 1;
         let fresh = !handlers.contains_key(claim.handler);
         let handler = handlers.entry(claim.handler.into()).or_default();
         if fresh {
-            handler.cursor = claim.start;
+            handler.cursor = claim.start.max(removed);
         }
         handler.epoch = *epoch;
         Ok(Claimed::Taken(Tenure {
@@ -207,15 +218,16 @@ impl ProgressStore for MemoryStore {
         epoch: Epoch,
         to: Position,
         audit: Option<&AuditEntry>,
-    ) -> Result<(), StoreError> {
+    ) -> Result<Position, StoreError> {
         let mut state = self.state_mut();
+        let to = to.max(Position(state.removed));
         let held = state.progress.held(handler, epoch)?;
         held.cursor = to;
         held.rows.split_off(&to.next());
         if let Some(entry) = audit {
             state.progress.write_down(entry);
         }
-        Ok(())
+        Ok(to)
     }
 
     async fn adopt(&self, from: (&str, Epoch), to: (&str, Epoch)) -> Result<(), StoreError> {

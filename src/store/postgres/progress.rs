@@ -19,7 +19,7 @@ use sqlx::{
 };
 use time::OffsetDateTime;
 
-use super::{PostgresStore, redrive};
+use super::{PostgresStore, redrive, retain};
 use crate::{
     event::Position,
     store::{
@@ -38,10 +38,14 @@ use crate::{
 /// How many times a claim or a checkpoint begins again because another one came in between.
 const TRIES: usize = 16;
 
-/// Only a row that was inserted has never been locked: `xmax` is 0.
+/// Only a row that was inserted has never been locked: `xmax` is 0. What is being removed from the
+/// log is waited for: a cursor is not before its beginning.
 const CLAIM: &str = "
+    WITH log AS (SELECT removed FROM log_head FOR SHARE)
     INSERT INTO cursors AS c (handler, position, updated_at, epoch, owner, expires_at)
-    VALUES ($1, $2, now(), nextval('epochs'), $3, clock_timestamp() + make_interval(secs => $4))
+    SELECT $1, greatest($2, log.removed), now(), nextval('epochs'), $3,
+        clock_timestamp() + make_interval(secs => $4)
+    FROM log
     ON CONFLICT (handler) DO UPDATE SET epoch = greatest(c.epoch + 1, excluded.epoch),
         write = 0, owner = excluded.owner, expires_at = excluded.expires_at
     WHERE c.owner IS NULL OR c.owner = excluded.owner
@@ -267,9 +271,11 @@ impl ProgressStore for PostgresStore {
         epoch: Epoch,
         to: Position,
         audit: Option<&AuditEntry>,
-    ) -> Result<(), StoreError> {
+    ) -> Result<Position, StoreError> {
         self.transacting(async {
             let mut tx = self.readers.begin().await?;
+            let removed: i64 = sqlx::query_scalar(retain::BEGINNING).fetch_one(&mut *tx).await?;
+            let to = to.max(row::position(removed)?);
             lock(&mut tx, (handler, epoch)).await?;
             // Numbered when nobody else can write: a transaction that was given up is not
             // committed later.
@@ -282,7 +288,8 @@ impl ProgressStore for PostgresStore {
             if let Some(entry) = audit {
                 redrive::audit(entry).execute(&mut *tx).await?;
             }
-            Ok(tx.commit().await?)
+            tx.commit().await?;
+            Ok(to)
         })
         .await
     }

@@ -18,10 +18,19 @@ pub(super) const SESSION: &str = "
 
 /// One statement, so one round trip and one transaction. Everything is selected from `h`: no
 /// row is touched before the head row is locked, so appends cannot lock each other.
+///
+/// Of what was removed no index of `events` knows. So where something was, these identities are
+/// looked for. The statement sees those that were there when it began; where `removed` is not what
+/// it was then, once the row is locked, more may have been removed since, and nothing is done.
 pub(super) const APPEND: &str = "
     WITH h AS (
-        UPDATE log_head SET position = position + $1, quarantined = quarantined + $2
-        WHERE one RETURNING position - $1 AS head, quarantined - $2 AS number
+        UPDATE log_head SET position = position + $1, quarantined = quarantined + $2,
+            bytes = bytes + $23
+        WHERE one AND (removed = 0 OR $24
+                AND removed = (SELECT seen.removed FROM log_head AS seen)
+                AND NOT EXISTS (SELECT FROM unnest($25::uuid[]) AS i(identity)
+                    JOIN removed_identities AS r ON r.identity = i.identity))
+        RETURNING position - $1 AS head, quarantined - $2 AS number
     ), e AS (
         INSERT INTO events (position, source, id, type, subject, time, key, body, format,
             headers, origin, recorded_at)

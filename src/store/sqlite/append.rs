@@ -11,7 +11,8 @@ use crate::{
     event::{Event, Position},
     store::{
         AttemptAppend, AttemptError, Batch, StoreError,
-        admit::{self, Held, HeldBefore, Plan},
+        admit::{self, Held, HeldBefore, Known, Plan},
+        retain,
         row::{self, Texts},
     },
     transport::Receipt,
@@ -88,26 +89,36 @@ impl SqliteStore {
         batch: &Batch,
     ) -> Result<(Vec<Receipt>, bool), AttemptError> {
         let now = text_time(batch.recorded_at)?;
-        let (head, quarantined): (i64, i64) =
-            sqlx::query_as("SELECT position, quarantined FROM log_head")
+        let (head, quarantined, removed): (i64, i64, i64) =
+            sqlx::query_as("SELECT position, quarantined, removed FROM log_head")
                 .fetch_one(&mut **tx)
                 .await
                 .map_err(|e| self.failure(&e))?;
         let (head, number) = (row::position(head)?, row::number(quarantined)?);
+        let indexed: Vec<_> = row::events(&batch.entries).collect();
+        // No index of the log knows these, so they are looked for each time.
+        let removed = match removed {
+            0 => Vec::new(),
+            _ => self.find_removed(tx, &indexed).await?,
+        };
+        if !removed.is_empty() {
+            self.caution.raise();
+        }
 
         let mut plan = if self.caution.is_raised() {
-            self.check_copies(tx, batch, &now).await?
+            self.check_copies(tx, batch, &indexed, &removed, &now).await?
         } else {
             Plan::all_new(&batch.entries)
         };
-        if let Err(error) = insert_events(tx, &plan.fresh, head, &now).await? {
+        let mut bytes = 0;
+        if let Err(error) = insert_events(tx, &plan.fresh, head, &now, &mut bytes).await? {
             let unique = matches!(&error, sqlx::Error::Database(e) if e.is_unique_violation());
             if !unique {
                 return Err(self.failure(&error));
             }
             self.caution.raise();
-            plan = self.check_copies(tx, batch, &now).await?;
-            if let Err(error) = insert_events(tx, &plan.fresh, head, &now).await? {
+            plan = self.check_copies(tx, batch, &indexed, &removed, &now).await?;
+            if let Err(error) = insert_events(tx, &plan.fresh, head, &now, &mut bytes).await? {
                 if matches!(&error, sqlx::Error::Database(e) if e.is_unique_violation()) {
                     return Err(AttemptError::Store(StoreError::fatal(format_args!(
                         "`log_head` says the log ends at {head}, but there are events behind it: \
@@ -119,9 +130,10 @@ impl SqliteStore {
         }
         insert_held(tx, &plan.held, head, number, &now).await?.map_err(|e| self.failure(&e))?;
         if !plan.is_empty() {
-            sqlx::query("UPDATE log_head SET position = ?, quarantined = ?")
+            sqlx::query("UPDATE log_head SET position = ?, quarantined = ?, bytes = bytes + ?")
                 .bind(row::signed(head.0 + plan.fresh.len() as u64))
                 .bind(row::signed(number + plan.held.len() as u64))
+                .bind(row::signed(bytes))
                 .execute(&mut **tx)
                 .await
                 .map_err(|e| self.failure(&e))?;
@@ -143,9 +155,11 @@ impl SqliteStore {
         &self,
         tx: &mut Transaction<'static, Sqlite>,
         batch: &'b Batch,
+        indexed: &[(usize, &Event)],
+        removed: &[(usize, Known<'static>)],
         now: &str,
     ) -> Result<Plan<'b>, AttemptError> {
-        let identities = array(row::events(&batch.entries), |(_, event), out| {
+        let identities = array(indexed.iter(), |(_, event), out| {
             row::write_json(&[event.source(), event.id()], out)
         })?;
         let rows: Vec<(i64, i64, String, String, String)> = sqlx::query_as(FIND_COPIES)
@@ -153,7 +167,6 @@ impl SqliteStore {
             .fetch_all(&mut **tx)
             .await
             .map_err(|e| self.failure(&e))?;
-        let indexed: Vec<_> = row::events(&batch.entries).collect();
         let mut known: Vec<Option<(Position, Event)>> = Vec::new();
         known.resize_with(batch.entries.len(), || None);
         for (nth, position, kind, format, body) in rows {
@@ -164,8 +177,13 @@ impl SqliteStore {
             let first = row::known_event(event, kind, &format, body)?;
             known[index] = Some((row::position(position)?, first));
         }
-        let mut plan = Plan::checked(&batch.entries, |index, _| {
-            known[index].as_ref().map(|(position, event)| (*position, event))
+        let mut gone: Vec<Option<Known<'static>>> = vec![None; batch.entries.len()];
+        for (index, left) in removed {
+            gone[*index] = Some(*left);
+        }
+        let mut plan = Plan::checked(&batch.entries, |index, _| match &known[index] {
+            Some((position, event)) => Some(Known::Event(*position, event)),
+            None => gone[index],
         });
         if plan.met_copies() {
             self.caution.raise();
@@ -198,12 +216,15 @@ async fn insert_events(
     events: &[&Event],
     head: Position,
     now: &str,
+    bytes: &mut u64,
 ) -> Inserted {
+    *bytes = 0;
     if events.is_empty() {
         return Ok(Ok(()));
     }
     let headers = Texts::headers(events.iter().map(|e| e.headers()))?;
     let origins = Texts::origins(events.iter().map(|e| e.origin()))?;
+    *bytes = retain::sizes(events, &headers, &origins);
     let rows = events.iter().zip(headers.iter().zip(origins.iter()));
     let json = array(rows, |(event, (headers, origin)), out| {
         let time = event.time().map(text_time).transpose()?;

@@ -37,6 +37,7 @@ pub(super) async fn migrate(
         migration(1, "log", include_str!("../migrations/sqlite/0001_log.sql")),
         migration(2, "dead letters", include_str!("../migrations/sqlite/0002_dead_letters.sql")),
         migration(3, "progress", include_str!("../migrations/sqlite/0003_progress.sql")),
+        migration(4, "retain", include_str!("../migrations/sqlite/0004_retain.sql")),
     ]);
     migrator.dangerous_set_table_name("pulsebus_migrations");
     let mut tries = 0;

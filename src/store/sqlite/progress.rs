@@ -126,7 +126,8 @@ impl ProgressStore for SqliteStore {
         let mut tx = self.begin().await?;
         let claimed = async {
             let fresh = sqlx::query(
-                "INSERT INTO cursors (handler, position, updated_at) VALUES (?, ?, ?)
+                "INSERT INTO cursors (handler, position, updated_at)
+                 SELECT ?, max(?, removed), ? FROM log_head WHERE true
                  ON CONFLICT (handler) DO NOTHING",
             )
             .bind(claim.handler)
@@ -223,10 +224,13 @@ impl ProgressStore for SqliteStore {
         epoch: Epoch,
         to: Position,
         audit: Option<&AuditEntry>,
-    ) -> Result<(), StoreError> {
-        let fence = move_cursor(handler, epoch, to)?;
+    ) -> Result<Position, StoreError> {
         let mut tx = self.begin().await?;
         let done = async {
+            let removed: i64 =
+                sqlx::query_scalar("SELECT removed FROM log_head").fetch_one(&mut *tx).await?;
+            let to = to.max(row::position(removed)?);
+            let fence = move_cursor(handler, epoch, to)?;
             if fence.execute(&mut *tx).await?.rows_affected() == 0 {
                 return Err(StoreError::fenced(handler).into());
             }
@@ -238,7 +242,7 @@ impl ProgressStore for SqliteStore {
             if let Some(entry) = audit {
                 redrive::write_down(&mut tx, entry).await?;
             }
-            Ok(())
+            Ok(to)
         }
         .await;
         self.end(tx, done).await

@@ -3,18 +3,34 @@
 use std::sync::Arc;
 
 use futures_util::TryStreamExt as _;
-use sqlx::{Row as _, Sqlite, sqlite::SqliteRow};
+use sqlx::{AssertSqlSafe, Row as _, Sqlite, sqlite::SqliteRow};
 
 use super::{SqliteStore, text::parse_time};
 use crate::{
-    event::StoredEvent,
+    event::{Position, StoredEvent},
     store::{
-        QuarantineEntry, StoreError,
+        Limit, QuarantineEntry, StoreError,
         row::{self, EventRow},
     },
 };
 
 impl SqliteStore {
+    /// The events behind a position, whatever is missing between.
+    pub(super) async fn read_page(
+        &self,
+        after: Position,
+        limit: Limit,
+    ) -> Result<Vec<Arc<StoredEvent>>, StoreError> {
+        let sql =
+            format!("SELECT {COLUMNS} FROM events WHERE position > ? ORDER BY position LIMIT ?");
+        let query = sqlx::query(AssertSqlSafe(sql))
+            .bind(row::signed(after.0))
+            .bind(row::signed(limit.events as u64));
+        let mut events = Vec::new();
+        self.fetch(query, limit.bytes, &mut events).await?;
+        Ok(events)
+    }
+
     /// Adds what is found until all of it has so many bytes; says whether that cut it short.
     pub(super) async fn fetch(
         &self,

@@ -32,7 +32,7 @@ async fn pages(server: &Server, query: &str) -> Vec<Vec<u64>> {
 async fn events_come_in_pages_either_way() {
     let server = Server::start().await;
     let nothing = server.json("/v1/events").await;
-    assert_eq!(nothing, json!({"events": [], "next": null}));
+    assert_eq!(nothing, json!({"events": [], "next": null, "first": 1}));
     server.fill("A", "x", 7).await;
     server.fill("B", "x", 5).await;
     server.fill("A", "y", 8).await;

@@ -7,7 +7,8 @@ use bytes::Bytes;
 use pulsebus::{
     event::{Position, StoredEvent},
     store::{
-        Batch, EventStore, Limit, ProgressStore, QuarantineEntry, Query, StoreError,
+        Batch, EventStore, Extent, Limit, ProgressStore, QuarantineEntry, Query, Removal, Removed,
+        StoreError,
         progress::{
             AuditEntry, Checkpoint, Claim, Claimed, DeadLetter, DeadLetterFilter, Epoch,
             NewRedrive, QuarantineFilter, Redrive, Redriven, RedrivenEntry, SettledEntry,
@@ -88,6 +89,14 @@ impl EventStore for Faulty {
 
     async fn head(&self) -> Result<Position, StoreError> {
         self.call("head", self.store.head()).await
+    }
+
+    async fn extent(&self) -> Result<Extent, StoreError> {
+        self.call("extent", self.store.extent()).await
+    }
+
+    async fn remove(&self, removal: &Removal) -> Result<Removed, StoreError> {
+        self.call("remove", self.store.remove(removal)).await
     }
 
     async fn read(
@@ -177,7 +186,7 @@ impl ProgressStore for Faulty {
         epoch: Epoch,
         to: Position,
         audit: Option<&AuditEntry>,
-    ) -> Result<(), StoreError> {
+    ) -> Result<Position, StoreError> {
         self.call("rewind", self.store.rewind(handler, epoch, to, audit)).await
     }
 
