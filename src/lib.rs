@@ -80,7 +80,7 @@
 //! |---|---|---|
 //! | [`event`] | bytes in, [`event::Event`] out: CloudEvents attributes, identity, key | the body is never changed |
 //! | [`transport`] | where messages come from and go to: NATS, RabbitMQ, HTTP, memory | C1-C11, P1-P6 |
-//! | [`store`] | where the log is kept: SQLite, Postgres, memory; [`store::Log`], its one writer | S1-S11, D1-D8 |
+//! | [`store`] | where the log is kept: SQLite, Postgres, memory; [`store::Log`], its one writer | S1-S15, D1-D8 |
 //! | [`ingest`] | source to log: take, decode, append, commit, then settle | |
 //! | [`handler`] | what is done with events: the trait, `search`, `forward`, `log` | H1-H6 |
 //! | [`dispatch`] | log to handlers: window, lanes, retry, checkpoint | the states of a (handler, event) |

@@ -71,8 +71,8 @@ pub(super) struct RawRetain {
     pub(super) age: Option<Span>,
     /// While the events in the log are larger than this together, the first are removed.
     pub(super) size: Option<Size>,
-    /// Whether copies of removed events are recognised. It costs about 60 bytes an event in SQLite
-    /// and 110 in Postgres.
+    /// Whether copies of removed events are recognised. It costs about 40 bytes an event in SQLite
+    /// and 100 in Postgres.
     #[schemars(extend("default" = true))]
     pub(super) identities: Option<bool>,
 }

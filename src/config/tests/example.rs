@@ -182,6 +182,10 @@ fn the_schema_says_the_defaults_the_code_has() {
 fn what_is_shown_can_be_read_again_and_means_the_same() {
     let text = r##"
         data_dir = "x/y"
+        [store.retain]
+        age = "30d"
+        size = "10GiB"
+        identities = false
         [transports.nats]
         kind = "nats"
         url = "nats://127.0.0.1:4222"

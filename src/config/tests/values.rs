@@ -230,6 +230,9 @@ fn each_rule_names_the_key_and_what_to_do() {
             "store.max_connections",
             "from 4",
         ),
+        ("store.retain.age = \"10ms\"", "store.retain.age", "1s"),
+        ("store.retain.size = 0", "store.retain.size", "more than 0"),
+        ("store.retain.age = 30", "store.retain.age", "unit"),
         ("http.listen = \"0.0.0.0:8077\"", "http.listen", "http.token_file"),
         ("http.listen = \"[::]:8077\"", "http.listen", "http.token_file"),
         ("http.listen = \"8077\"", "http.listen", "127.0.0.1:8077"),
@@ -720,4 +723,16 @@ fn a_database_elsewhere_without_a_word_about_tls_is_doubted() {
     }
     let verified = "store = { url = \"postgres://u:p@db.example/d\", tls = {} }";
     assert!(Given::file(verified).loaded().warnings.is_empty());
+}
+
+#[test]
+fn events_are_kept_for_ever_unless_it_says_how_long() {
+    let retain = |text: &str| Given::file(text).loaded().settings.retain;
+    assert_eq!(retain(""), None);
+    assert_eq!(retain("store.retain = { identities = false }"), None);
+    let both = retain("store.retain = { age = \"30d\", size = \"10GiB\" }").unwrap();
+    assert_eq!(both.age, Some(Duration::from_secs(30 * 24 * 3600)));
+    assert_eq!((both.bytes, both.identities), (Some(10 << 30), true));
+    let size = retain("store.retain = { size = 5000, identities = false }").unwrap();
+    assert_eq!((size.age, size.bytes, size.identities), (None, Some(5_000), false));
 }
