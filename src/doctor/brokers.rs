@@ -24,17 +24,15 @@ pub(super) async fn examine(settings: &Settings) -> Report {
         let mut found = Findings::about(asked.subject.clone());
         let Some(transport) = settings.transports.get(name) else { return found.into_vec() };
         match open_transport(name, transport) {
-            Ok(transport) => {
-                match timeout(EXAMINATION, transport.examine(asked.clone())).await {
-                    Ok(findings) => return findings,
-                    Err(_) => found.error(
-                        "transport-silent",
-                        format!("it could not be examined within {EXAMINATION:?}"),
-                        "what is wrong with it is not known",
-                        "see whether the broker answers anybody, and run doctor again",
-                    ),
-                }
-            }
+            Ok(transport) => match timeout(EXAMINATION, transport.examine(asked.clone())).await {
+                Ok(findings) => return findings,
+                Err(_) => found.error(
+                    "transport-silent",
+                    format!("it could not be examined within {EXAMINATION:?}"),
+                    "what is wrong with it is not known",
+                    "see whether the broker answers anybody, and run doctor again",
+                ),
+            },
             Err(error) => found.error(
                 "transport-unusable",
                 error.to_string(),

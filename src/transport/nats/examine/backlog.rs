@@ -109,9 +109,8 @@ mod tests {
     fn a_limit_is_near_when_half_of_it_waits() {
         let state = json!({"messages": 100, "bytes": 1_000, "first_seq": 1, "last_seq": 100});
         let consumer = json!({"config": {"filter_subject": "a"}});
-        let all = |config: Value, oldest| {
-            judged(config, state.clone(), consumer.clone(), Some(oldest))
-        };
+        let all =
+            |config: Value, oldest| judged(config, state.clone(), consumer.clone(), Some(oldest));
         let hour = 3_600_000_000_000_u64;
         assert_eq!(all(json!({"max_age": 25 * hour}), 1), [""; 0]);
         assert_eq!(all(json!({"max_age": 24 * hour}), 1), ["warning nats-stream-limits"]);

@@ -181,12 +181,7 @@ fn ack_wait(found: &mut Findings, consumer: &Consumer, source: &NatsSource, name
     let config = &consumer.config;
     let wait = Duration::from_nanos(config.backoff.first().copied().unwrap_or(config.ack_wait));
     let edit = |wait| {
-        format!(
-            "nats consumer edit {} {} --wait {}",
-            source.stream,
-            source.consumer,
-            shown(wait)
-        )
+        format!("nats consumer edit {} {} --wait {}", source.stream, source.consumer, shown(wait))
     };
     if let Some(asked) = source.ack_wait
         && asked != Duration::from_nanos(config.ack_wait)
@@ -283,8 +278,11 @@ mod tests {
         use Severity::{Error, Note, Warning};
         for (more, competing, wanted) in [
             (json!({"filter_subject": "", "filter_subjects": ["a.>"]}), false, None),
-            (json!({"filter_subject": "", "filter_subjects": ["a.>", "b"]}), false,
-                Some(("nats-filter-subject", Error))),
+            (
+                json!({"filter_subject": "", "filter_subjects": ["a.>", "b"]}),
+                false,
+                Some(("nats-filter-subject", Error)),
+            ),
             (json!({"filter_subject": ""}), false, Some(("nats-filter-subject", Error))),
             (json!({"backoff": [1_000_000_000_u64]}), false, Some(("nats-ack-wait", Warning))),
             (json!({"max_deliver": 5}), false, Some(("nats-max-deliver", Warning))),

@@ -78,7 +78,9 @@ pub(super) async fn examine(
                 subjects.join("`, `")
             ),
             "events whose subject no stream takes are tried again, and then become dead letters",
-            format!("add `{filter}` to the subjects of a stream, or narrow `events` of the handler"),
+            format!(
+                "add `{filter}` to the subjects of a stream, or narrow `events` of the handler"
+            ),
         );
     }
     comes_back(found, &filter, &streams, carries, sources);

@@ -69,8 +69,7 @@ pub(super) async fn examine(options: &NatsOptions, asked: Examination) -> Vec<Fi
     }));
     let destinations = join_all(asked.destinations.iter().map(|destination| async {
         let mut found = Findings::about(destination.subject.clone());
-        let looking =
-            destination::examine(&mut found, &api, destination, &asked.sources, largest);
+        let looking = destination::examine(&mut found, &api, destination, &asked.sources, largest);
         match timeout(PART, looking).await {
             Ok(Ok(())) => {}
             Ok(Err(fault)) => fault_of(&mut found, fault),

@@ -11,11 +11,7 @@ use bytes::Bytes;
 use serde_json::Value;
 use tokio::time::timeout;
 
-use super::super::{
-    NatsSource,
-    api::Api,
-    connect::Fault,
-};
+use super::super::{NatsSource, api::Api, connect::Fault};
 
 /// The server has spoken by then: it answers a later request after an earlier refusal. The driver
 /// tells of it from another task.

@@ -220,9 +220,7 @@ pub(super) fn of_destination(
                  (max_msg_size), pulsebus of {max_event_bytes} (limits.max_event_bytes)"
             ),
             "those in between cannot be published there",
-            format!(
-                "nats stream edit {name} --max-msg-size=-1, or lower limits.max_event_bytes"
-            ),
+            format!("nats stream edit {name} --max-msg-size=-1, or lower limits.max_event_bytes"),
         );
     }
     if config.discard == "new" && config.retention == "limits" && fullness(stream) >= 80 {
@@ -282,7 +280,10 @@ mod tests {
         findings.into_vec().into_iter().map(|f: Finding| (f.check, f.severity)).collect()
     }
 
-    fn judged(config: serde_json::Value, cluster: serde_json::Value) -> Vec<(&'static str, Severity)> {
+    fn judged(
+        config: serde_json::Value,
+        cluster: serde_json::Value,
+    ) -> Vec<(&'static str, Severity)> {
         let stream: Stream =
             serde_json::from_value(json!({"config": config, "cluster": cluster})).unwrap();
         let source: NatsSource =
