@@ -114,3 +114,48 @@ fn asked(settings: &Settings) -> BTreeMap<Arc<str>, Examination> {
 fn address_of(template: &str, handler: &str) -> Option<Address> {
     Some(Address::new(Template::parse(template).ok()?.pieces(handler)))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    const DOC: &str = include_str!("../../docs/doctor.md");
+
+    /// The files in which brokers are judged.
+    const SOURCES: &[&str] = &[
+        include_str!("brokers.rs"),
+        include_str!("../transport/nats/examine/mod.rs"),
+        include_str!("../transport/nats/examine/backlog.rs"),
+        include_str!("../transport/nats/examine/consumer.rs"),
+        include_str!("../transport/nats/examine/destination.rs"),
+        include_str!("../transport/nats/examine/info.rs"),
+        include_str!("../transport/nats/examine/source.rs"),
+        include_str!("../transport/nats/examine/stream.rs"),
+        include_str!("../transport/amqp/examine/mod.rs"),
+        include_str!("../transport/amqp/examine/destination.rs"),
+        include_str!("../transport/amqp/examine/queue.rs"),
+        include_str!("../transport/amqp/examine/source.rs"),
+    ];
+
+    /// What stands between two of these, if it is the name of a check.
+    fn checks(text: &str, quote: char) -> BTreeSet<&str> {
+        let named = |word: &&str| {
+            ["nats-", "amqp-", "transport-"].iter().any(|prefix| word.starts_with(prefix))
+                && word.chars().all(|c| c.is_ascii_lowercase() || c == '-')
+                && !word.ends_with('-')
+        };
+        text.split(quote).filter(named).collect()
+    }
+
+    #[test]
+    fn the_docs_have_a_row_for_each_check() {
+        let code: BTreeSet<_> = SOURCES.iter().flat_map(|source| checks(source, '"')).collect();
+        let rows = DOC.lines().filter(|line| line.starts_with("| `"));
+        let rows: Vec<_> = rows.filter_map(|row| row.split('`').nth(1)).collect();
+        let docs: BTreeSet<_> =
+            rows.iter().copied().filter(|name| !checks(name, '`').is_empty()).collect();
+        assert!(code.len() > 60, "{}", code.len());
+        assert_eq!(docs, code);
+        assert_eq!(docs.len(), rows.iter().filter(|row| docs.contains(*row)).count(), "twice");
+    }
+}

@@ -118,7 +118,7 @@ fn denied(found: &mut Findings, what: impl Into<String>) {
         what,
         "the daemon needs it to consume, and waits until it may",
         "add the subject to the user's `publish` permissions in the server's configuration; what \
-         a source needs is listed in docs/security.md",
+         a source needs is listed in docs/doctor.md",
     );
 }
 
