@@ -31,6 +31,9 @@ enum Arg {
     Yes,
 }
 
+/// A queue, its arguments, what its source says, what is found.
+type Case<'a> = (&'a str, &'a [(&'a str, Arg)], String, &'a [&'a str]);
+
 fn table(arguments: &[(&str, Arg)]) -> FieldTable {
     let mut table = FieldTable::default();
     for (name, value) in arguments {
@@ -184,7 +187,7 @@ async fn doctor_finds_what_is_wrong_with_queues_and_leaves_no_trace() {
     };
     let mut config = Config::of(&admin.vhost.uri);
     // A quorum queue of this name with these arguments; what its source says; what is found.
-    let cases: &[(&str, &[(&str, Arg)], String, &[&str])] = &[
+    let cases: &[Case<'_>] = &[
         ("right", &[], String::new(), &[]),
         ("created", &[], create("events", ""), &[]),
         (

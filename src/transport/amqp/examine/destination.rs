@@ -11,11 +11,11 @@ use lapin::{
 use super::{
     super::{
         AmqpSource,
-        connect::{Failure, code},
+        connect::code,
         topology::{Refusal, short, step},
     },
     is_denied,
-    learn::{self, ExchangeSettings, Known},
+    learn::{self, ExchangeSettings, Known, unsendable},
 };
 use crate::{
     finding::Findings,
@@ -163,13 +163,12 @@ async fn publishing(
     key: &str,
     timeout: Duration,
 ) -> Result<Option<Refusal>, Refusal> {
-    let sendable = |failure: Failure| Refusal { code: None, text: failure.text().to_owned() };
     for _ in 0..TRIES {
         let channel = step(timeout, connection.create_channel()).await?;
         step(timeout, channel.tx_select()).await?;
         let (exchange, key) = (
-            short("exchange", exchange).map_err(sendable)?,
-            short("routing key", key).map_err(sendable)?,
+            short("exchange", exchange).map_err(|failure| unsendable(&failure))?,
+            short("routing key", key).map_err(|failure| unsendable(&failure))?,
         );
         let options = BasicPublishOptions::default();
         let sent = channel.basic_publish(exchange, key, options, b"", BasicProperties::default());

@@ -14,7 +14,7 @@ use lapin::{
 };
 
 use super::super::{
-    connect::code,
+    connect::{Failure, code},
     topology::{Inequivalent, Refusal, short, step},
 };
 
@@ -84,7 +84,7 @@ pub(super) async fn queue(
             ..QueueDeclareOptions::default()
         };
         let channel = step(timeout, connection.create_channel()).await?;
-        let name = short("queue", name).map_err(unsendable)?;
+        let name = short("queue", name).map_err(|failure| unsendable(&failure))?;
         let declared = channel.queue_declare(name, options, arguments.clone());
         let refusal = match step(timeout, declared).await {
             Ok(_) => {
@@ -114,7 +114,10 @@ pub(super) async fn queue(
                     // It cannot be said again in the same way: this is as far as one can see.
                     return Ok(Known::Seen(settings));
                 }
-                arguments.insert(short("argument", argument).map_err(unsendable)?, value);
+                arguments.insert(
+                    short("argument", argument).map_err(|failure| unsendable(&failure))?,
+                    value,
+                );
             }
         }
     }
@@ -144,7 +147,7 @@ pub(super) async fn exchange(
             ..ExchangeDeclareOptions::default()
         };
         let channel = step(timeout, connection.create_channel()).await?;
-        let name = short("exchange", name).map_err(unsendable)?;
+        let name = short("exchange", name).map_err(|failure| unsendable(&failure))?;
         let kind = ExchangeKind::Custom(settings.kind.clone());
         let declared = channel.exchange_declare(name, kind, options, arguments.clone());
         let refusal = match step(timeout, declared).await {
@@ -218,7 +221,8 @@ async fn close(channel: lapin::Channel, timeout: Duration) {
     let _ = step(timeout, channel.close(200, "done".into())).await;
 }
 
-fn unsendable(failure: super::super::connect::Failure) -> Refusal {
+/// A name that is too long for AMQP.
+pub(super) fn unsendable(failure: &Failure) -> Refusal {
     Refusal { code: None, text: failure.text().to_owned() }
 }
 

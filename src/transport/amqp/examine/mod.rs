@@ -67,7 +67,7 @@ async fn destinations(connector: &Connector, asked: &Examination) -> Vec<Finding
                 say.send_replace(Some(reason));
             }
         }
-        std::future::pending().await
+        std::future::pending::<()>().await;
     };
     let looking = join_all(asked.destinations.iter().map(|destination| {
         let (link, mut blocked) = (&link, blocked.clone());

@@ -1,6 +1,9 @@
 //! A source: its queue, and what this user needs to consume from it.
 
-use std::time::Duration;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use lapin::{
     Connection,
@@ -11,11 +14,11 @@ use lapin::{
 use super::{
     super::{
         AmqpBinding, AmqpQueueCreate, AmqpSource,
-        connect::{Failure, code},
+        connect::code,
         topology::{Refusal, arguments, check, exchange_kind, short, step},
     },
     is_denied,
-    learn::{self, Known, QueueSettings, text_of_value},
+    learn::{self, Known, QueueSettings, text_of_value, unsendable},
     queue,
 };
 use crate::{finding::Findings, transport::ExaminedSource};
@@ -26,13 +29,18 @@ pub(super) async fn examine(
     asked: &ExaminedSource,
     timeout: Duration,
 ) -> Result<(), Refusal> {
-    let source = match serde_json::from_value::<AmqpSource>(asked.params.clone()) {
+    let source = match readable(asked) {
         Ok(source) => source,
-        Err(error) => return Ok(unusable(found, error.to_string())),
+        Err(reason) => {
+            found.error(
+                "amqp-source",
+                reason,
+                "the source cannot be opened",
+                "correct its settings; pulsebus check shows where they stand",
+            );
+            return Ok(());
+        }
     };
-    if let Err(failure) = check(&source) {
-        return Ok(unusable(found, failure.text().to_owned()));
-    }
     let Ok(name) = short("queue", &source.queue) else { return Ok(()) };
     let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
     let channel = step(timeout, connection.create_channel()).await?;
@@ -111,13 +119,11 @@ pub(super) async fn examine(
     Ok(())
 }
 
-fn unusable(found: &mut Findings, reason: String) {
-    found.error(
-        "amqp-source",
-        reason,
-        "the source cannot be opened",
-        "correct its settings; pulsebus check shows where they stand",
-    );
+fn readable(asked: &ExaminedSource) -> Result<AmqpSource, String> {
+    let source: AmqpSource =
+        serde_json::from_value(asked.params.clone()).map_err(|error| error.to_string())?;
+    check(&source).map_err(|failure| failure.text().to_owned())?;
+    Ok(source)
 }
 
 fn denied(found: &mut Findings, said: &str, permission: &str, resource: &str) {
@@ -176,15 +182,15 @@ async fn missing(
 fn differs(found: &mut Findings, name: &str, settings: &QueueSettings, create: &AmqpQueueCreate) {
     // Checked before.
     let Ok(arguments) = arguments(create) else { return };
-    let mut asked: std::collections::BTreeMap<String, String> = arguments
+    let mut asked: BTreeMap<String, String> = arguments
         .into_iter()
-        .map(|(name, value)| (name.to_string(), text_of_value(&value)))
+        .map(|(name, value)| (name.to_string(), text_of_value(value)))
         .collect();
     let mut has = settings.arguments.clone();
     has.entry("x-queue-type".to_owned()).or_insert_with(|| "classic".to_owned());
     // The broker does not compare what it does not know.
     asked.retain(|name, _| name.starts_with("x-") && has.contains_key(name) || is_compared(name));
-    let names: std::collections::BTreeSet<_> = asked.keys().chain(has.keys()).cloned().collect();
+    let names: BTreeSet<_> = asked.keys().chain(has.keys()).cloned().collect();
     let mut said: Vec<String> = Vec::new();
     for argument in names {
         let (is, wanted) = (has.get(&argument), asked.get(&argument));
@@ -336,13 +342,12 @@ async fn bound(
     if !exchange_of(found, connection, binding, timeout).await? {
         return Ok(());
     }
-    let sendable = |failure: Failure| Refusal { code: None, text: failure.text().to_owned() };
     let channel = step(timeout, connection.create_channel()).await?;
     let unbinding = channel.queue_unbind(
-        short("queue", queue).map_err(sendable)?,
-        short("exchange", &binding.exchange).map_err(sendable)?,
+        short("queue", queue).map_err(|failure| unsendable(&failure))?,
+        short("exchange", &binding.exchange).map_err(|failure| unsendable(&failure))?,
         short("routing key", &format!("pulsebus-doctor.{}", uuid::Uuid::now_v7()))
-            .map_err(sendable)?,
+            .map_err(|failure| unsendable(&failure))?,
         FieldTable::default(),
     );
     match step(timeout, unbinding).await {

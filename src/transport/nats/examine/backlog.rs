@@ -94,7 +94,7 @@ mod tests {
 
     const NOW: OffsetDateTime = datetime!(2026-01-02 00:00 UTC);
 
-    fn judged(config: Value, state: Value, consumer: Value, oldest: Option<u64>) -> Vec<String> {
+    fn judged(config: &Value, state: &Value, consumer: Value, oldest: Option<u64>) -> Vec<String> {
         let stream: Stream =
             serde_json::from_value(json!({"config": config, "state": state})).unwrap();
         let consumer: Consumer = serde_json::from_value(consumer).unwrap();
@@ -109,17 +109,16 @@ mod tests {
     fn a_limit_is_near_when_half_of_it_waits() {
         let state = json!({"messages": 100, "bytes": 1_000, "first_seq": 1, "last_seq": 100});
         let consumer = json!({"config": {"filter_subject": "a"}});
-        let all =
-            |config: Value, oldest| judged(config, state.clone(), consumer.clone(), Some(oldest));
+        let all = |config: &Value, oldest| judged(config, &state, consumer.clone(), Some(oldest));
         let hour = 3_600_000_000_000_u64;
-        assert_eq!(all(json!({"max_age": 25 * hour}), 1), [""; 0]);
-        assert_eq!(all(json!({"max_age": 24 * hour}), 1), ["warning nats-stream-limits"]);
-        assert_eq!(all(json!({"max_age": 13 * hour}), 1), ["error nats-stream-limits"]);
-        assert_eq!(all(json!({"max_msgs": 100, "max_bytes": 1_000}), 52), [""; 0]);
-        assert_eq!(all(json!({"max_msgs": 100}), 51), ["warning nats-stream-limits"]);
-        assert_eq!(all(json!({"max_bytes": 1_000}), 11), ["error nats-stream-limits"]);
-        assert_eq!(all(json!({"max_msgs": -1, "max_bytes": -1}), 1), [""; 0]);
-        let nothing = judged(json!({"max_msgs": 100}), state.clone(), consumer.clone(), None);
+        assert_eq!(all(&json!({"max_age": 25 * hour}), 1), [""; 0]);
+        assert_eq!(all(&json!({"max_age": 24 * hour}), 1), ["warning nats-stream-limits"]);
+        assert_eq!(all(&json!({"max_age": 13 * hour}), 1), ["error nats-stream-limits"]);
+        assert_eq!(all(&json!({"max_msgs": 100, "max_bytes": 1_000}), 52), [""; 0]);
+        assert_eq!(all(&json!({"max_msgs": 100}), 51), ["warning nats-stream-limits"]);
+        assert_eq!(all(&json!({"max_bytes": 1_000}), 11), ["error nats-stream-limits"]);
+        assert_eq!(all(&json!({"max_msgs": -1, "max_bytes": -1}), 1), [""; 0]);
+        let nothing = judged(&json!({"max_msgs": 100}), &state, consumer.clone(), None);
         assert_eq!(nothing, [""; 0]);
     }
 
@@ -132,7 +131,7 @@ mod tests {
                 "delivered": {"consumer_seq": 3}, "ack_floor": {"stream_seq": acked},
             })
         };
-        let all = |consumer| judged(json!({}), state.clone(), consumer, None);
+        let all = |consumer| judged(&json!({}), &state, consumer, None);
         assert_eq!(all(consumer("", 94)), ["error nats-events-removed"]);
         assert_eq!(all(consumer("", 95)), [""; 0]);
         assert_eq!(all(consumer("a", 3)), [""; 0]);

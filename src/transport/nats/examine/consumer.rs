@@ -244,7 +244,7 @@ mod tests {
 
     use super::*;
 
-    fn judged(more: serde_json::Value, competing: bool) -> Vec<(&'static str, Severity)> {
+    fn judged(more: &serde_json::Value, competing: bool) -> Vec<(&'static str, Severity)> {
         let mut info = json!({"name": "c", "config": {
             "durable_name": "c", "ack_policy": "explicit", "deliver_policy": "all",
             "replay_policy": "instant", "ack_wait": 30_000_000_000_u64, "max_deliver": -1,
@@ -269,8 +269,8 @@ mod tests {
 
     #[test]
     fn the_consumer_that_pulsebus_makes_has_no_findings() {
-        assert_eq!(judged(json!({}), false), []);
-        assert_eq!(judged(json!({}), true), []);
+        assert_eq!(judged(&json!({}), false), []);
+        assert_eq!(judged(&json!({}), true), []);
     }
 
     #[test]
@@ -295,7 +295,7 @@ mod tests {
             (json!({"paused": true}), false, Some(("nats-consumer-paused", Error))),
             (json!({"num_pending": 100_000}), false, Some(("nats-backlog", Note))),
         ] {
-            assert_eq!(judged(more.clone(), competing), Vec::from_iter(wanted), "{more}");
+            assert_eq!(judged(&more, competing), Vec::from_iter(wanted), "{more}");
         }
     }
 }

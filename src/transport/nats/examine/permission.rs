@@ -26,8 +26,8 @@ pub(super) struct Try {
 
 impl Try {
     /// A request that JetStream cannot read, and so does not carry out.
-    fn request(api: &Api, request: String) -> Self {
-        Self { subject: api.subject(&request), headers: None, payload: "-" }
+    fn request(api: &Api, request: &str) -> Self {
+        Self { subject: api.subject(request), headers: None, payload: "-" }
     }
 
     /// A pull that cannot be read takes no message.
@@ -42,16 +42,16 @@ impl Try {
     }
 
     pub(super) fn read(api: &Api, source: &NatsSource) -> Self {
-        Self::request(api, format!("STREAM.MSG.GET.{}", source.stream))
+        Self::request(api, &format!("STREAM.MSG.GET.{}", source.stream))
     }
 
     pub(super) fn create_stream(api: &Api, source: &NatsSource) -> Self {
-        Self::request(api, format!("STREAM.CREATE.{}", source.stream))
+        Self::request(api, &format!("STREAM.CREATE.{}", source.stream))
     }
 
     pub(super) fn create_consumer(api: &Api, source: &NatsSource) -> Self {
         let consumer = &source.consumer;
-        Self::request(api, format!("CONSUMER.DURABLE.CREATE.{}.{consumer}", source.stream))
+        Self::request(api, &format!("CONSUMER.DURABLE.CREATE.{}.{consumer}", source.stream))
     }
 
     /// JetStream refuses to store it: no stream has a point in its name.

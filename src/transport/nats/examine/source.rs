@@ -26,13 +26,17 @@ pub(super) async fn examine(
     asked: &ExaminedSource,
     max_event_bytes: usize,
 ) -> Result<(), Fault> {
-    let params = serde_json::from_value::<NatsSource>(asked.params.clone());
-    let source = match params.map_err(|error| error.to_string()) {
-        Ok(source) => match source.check() {
-            Ok(()) => source,
-            Err(reason) => return Ok(unusable(found, reason)),
-        },
-        Err(reason) => return Ok(unusable(found, reason)),
+    let source = match readable(asked) {
+        Ok(source) => source,
+        Err(reason) => {
+            found.error(
+                "nats-source",
+                reason,
+                "the source cannot be opened",
+                "correct its settings; pulsebus check shows where they stand",
+            );
+            return Ok(());
+        }
     };
     let Some(known) = api.stream(&source.stream).await? else {
         return no_stream(found, api, &source).await;
@@ -50,11 +54,10 @@ pub(super) async fn examine(
             "change one of the two, or take `create` out",
         );
     }
-    let stream = match api.ask::<Stream>(&format!("STREAM.INFO.{}", source.stream), &Value::Null) {
-        asking => match asking.await? {
-            Said::Yes(stream) => stream,
-            Said::No { description, .. } => return Err(Fault::Away(description)),
-        },
+    let info = format!("STREAM.INFO.{}", source.stream);
+    let stream = match api.ask::<Stream>(&info, &Value::Null).await? {
+        Said::Yes(stream) => stream,
+        Said::No { description, .. } => return Err(Fault::Away(description)),
     };
     stream::of_source(found, &stream, &source, max_event_bytes);
 
@@ -80,13 +83,11 @@ pub(super) async fn examine(
     permissions(found, api, tries).await
 }
 
-fn unusable(found: &mut Findings, reason: String) {
-    found.error(
-        "nats-source",
-        reason,
-        "the source cannot be opened",
-        "correct its settings; pulsebus check shows where they stand",
-    );
+fn readable(asked: &ExaminedSource) -> Result<NatsSource, String> {
+    let source: NatsSource =
+        serde_json::from_value(asked.params.clone()).map_err(|error| error.to_string())?;
+    source.check()?;
+    Ok(source)
 }
 
 async fn permissions(found: &mut Findings, api: &Api, tries: Vec<Try>) -> Result<(), Fault> {

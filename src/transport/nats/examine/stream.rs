@@ -281,8 +281,8 @@ mod tests {
     }
 
     fn judged(
-        config: serde_json::Value,
-        cluster: serde_json::Value,
+        config: &serde_json::Value,
+        cluster: &serde_json::Value,
     ) -> Vec<(&'static str, Severity)> {
         let stream: Stream =
             serde_json::from_value(json!({"config": config, "cluster": cluster})).unwrap();
@@ -304,20 +304,20 @@ mod tests {
         let cluster = json!({"name": "c", "leader": "n1", "replicas": [
             {"name": "n2", "current": true}, {"name": "n3", "current": true},
         ]});
-        assert_eq!(judged(sound, cluster), []);
+        assert_eq!(judged(&sound, &cluster), []);
     }
 
     #[test]
     fn a_cluster_that_cannot_take_a_failure_is_told() {
         let config = |replicas| json!({"name": "S", "subjects": ["a.>"], "num_replicas": replicas});
-        let one = judged(config(1), json!({"name": "c", "leader": "n1"}));
+        let one = judged(&config(1), &json!({"name": "c", "leader": "n1"}));
         assert_eq!(one, [("nats-stream-replicas", Severity::Warning)]);
-        let leaderless = judged(config(3), json!({"name": "c", "leader": "", "replicas": []}));
+        let leaderless = judged(&config(3), &json!({"name": "c", "leader": "", "replicas": []}));
         assert_eq!(leaderless, [("nats-stream-leader", Severity::Error)]);
         let behind = json!({"name": "c", "leader": "n1", "replicas": [
             {"name": "n2", "current": false}, {"name": "n3", "current": true, "offline": true},
         ]});
-        let behind = judged(config(3), behind);
+        let behind = judged(&config(3), &behind);
         assert_eq!(behind, [("nats-stream-replicas", Severity::Warning)]);
     }
 
@@ -326,7 +326,7 @@ mod tests {
         let config = json!({
             "name": "S", "subjects": ["a.>"], "allow_msg_ttl": true, "persist_mode": "async",
         });
-        let found = judged(config, json!(null));
+        let found = judged(&config, &json!(null));
         assert_eq!(
             found,
             [("nats-stream-persist", Severity::Warning), ("nats-stream-ttl", Severity::Note)]
