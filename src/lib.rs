@@ -115,6 +115,7 @@ pub mod config;
 pub mod dispatch;
 pub mod doctor;
 pub mod event;
+mod finding;
 pub mod handler;
 pub mod ingest;
 pub mod retry;

@@ -17,49 +17,9 @@ mod targets;
 
 use serde::Serialize;
 
+pub use crate::finding::{Finding, Severity};
+
 use crate::config::Settings;
-
-/// How bad a [`Finding`] is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Severity {
-    /// Worth knowing.
-    Note,
-    /// Events could be lost or held up when something else fails too.
-    Warning,
-    /// Events are lost or held up, or will be.
-    Error,
-}
-
-impl Severity {
-    /// The word that is shown.
-    #[must_use]
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Note => "note",
-            Self::Warning => "warning",
-            Self::Error => "error",
-        }
-    }
-}
-
-/// Something that is not as it should be.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Finding {
-    /// How bad it is.
-    pub severity: Severity,
-    /// What it is about: `system`, `store`, `transport:NAME`, `source:NAME`, `handler:NAME`,
-    /// `daemon`.
-    pub subject: String,
-    /// Which check found it, for scripts: `nats-ack-policy`. Does not change between versions.
-    pub check: &'static str,
-    /// What is so.
-    pub what: String,
-    /// What comes of it.
-    pub why: String,
-    /// What to do about it.
-    pub mend: String,
-}
 
 /// What [`examine`] found.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]

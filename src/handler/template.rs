@@ -265,6 +265,16 @@ impl Template {
         Ok(text)
     }
 
+    /// Its pieces in order; `None` stands for a value that differs from event to event.
+    pub(crate) fn pieces(&self, handler: &str) -> Vec<Option<String>> {
+        let piece = |part: &Part| match part {
+            Part::Literal(text) => Some(text.clone()),
+            Part::Field(Field::Handler) => Some(handler.to_owned()),
+            Part::Field(_) => None,
+        };
+        self.parts.iter().map(piece).collect()
+    }
+
     /// The text, where it is the same for every event.
     pub(super) fn fixed(&self) -> Option<&str> {
         match &self.parts[..] {

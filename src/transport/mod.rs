@@ -63,7 +63,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::sync::watch;
 
-use crate::event::{Headers, Message, Position};
+use crate::{
+    event::{Headers, Message, Position},
+    finding::Finding,
+};
 
 /// Something that messages come through. See the [module](self) for the contract.
 #[async_trait]
@@ -84,6 +87,80 @@ pub trait Transport: Send + Sync + 'static {
     /// # Errors
     /// [`TransportError::Misconfigured`] where the transport cannot publish as configured.
     async fn publisher(&self) -> Result<Box<dyn Publisher>, TransportError>;
+
+    /// Judges what is there against what is asked for, for `doctor`.
+    ///
+    /// *Contract*: it changes nothing that anybody could notice later: nothing is created, no
+    /// message is taken, stored or settled. What cannot be reached, or not in time, is a finding;
+    /// it ends within about [`EXAMINATION`]. The default finds nothing.
+    async fn examine(&self, asked: Examination) -> Vec<Finding> {
+        let _ = asked;
+        Vec::new()
+    }
+}
+
+/// How long examining a transport may take, in all.
+pub const EXAMINATION: Duration = Duration::from_secs(30);
+
+/// What [`Transport::examine`] is to look at.
+#[derive(Debug, Clone)]
+pub struct Examination {
+    /// What findings about the transport as a whole are about: `transport:NAME`.
+    pub subject: Arc<str>,
+    /// What is consumed from it.
+    pub sources: Vec<ExaminedSource>,
+    /// Where is published to through it.
+    pub destinations: Vec<ExaminedDestination>,
+    /// The largest event that is taken, in bytes (`limits.max_event_bytes`).
+    pub max_event_bytes: usize,
+}
+
+/// A source to look at.
+#[derive(Debug, Clone)]
+pub struct ExaminedSource {
+    /// What findings are about: `source:NAME`.
+    pub subject: Arc<str>,
+    /// As in [`SourceSpec::params`].
+    pub params: Value,
+    /// As in [`SourceSpec::competing`].
+    pub competing: bool,
+}
+
+/// A destination to look at.
+#[derive(Debug, Clone)]
+pub struct ExaminedDestination {
+    /// What findings are about: `handler:NAME`.
+    pub subject: Arc<str>,
+    /// What is published there, in words: `events`, `dead letters`.
+    pub carries: &'static str,
+    /// As [`Outbound::address`].
+    pub address: Address,
+    /// As [`Outbound::exchange`].
+    pub exchange: Option<Address>,
+}
+
+/// Where to publish, as far as it is the same for every event.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Address(Vec<Option<String>>);
+
+impl Address {
+    /// From its pieces in order; `None` stands for a value of the event.
+    #[must_use]
+    pub fn new(pieces: Vec<Option<String>>) -> Self {
+        Self(pieces)
+    }
+
+    /// The address, where it is the same for every event.
+    #[must_use]
+    pub fn fixed(&self) -> Option<String> {
+        self.0.iter().cloned().collect()
+    }
+
+    /// The address, with this in place of each value of the event.
+    #[must_use]
+    pub fn with(&self, value: &str) -> String {
+        self.0.iter().map(|piece| piece.as_deref().unwrap_or(value)).collect()
+    }
 }
 
 /// What to consume.

@@ -295,6 +295,13 @@ impl Link {
     }
 }
 
+impl Link {
+    /// Ends it without a word: a blocked connection writes nothing, not even that it closes.
+    pub(super) fn cut(self) {
+        self.socket.cut();
+    }
+}
+
 /// A second hold on a connection's socket. The driver runs each connection on a thread of its
 /// own, which ends when its socket does; it has no other way to be stopped half way.
 #[derive(Debug, Clone, Default)]

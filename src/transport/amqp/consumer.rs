@@ -51,7 +51,7 @@ use crate::{
 };
 
 /// Deliveries on their way where `prefetch` says nothing.
-const PREFETCH: u16 = 1_000;
+pub(super) const PREFETCH: u16 = 1_000;
 
 /// How long a first opening waits for an earlier consumer of the queue to go: one that was
 /// killed a moment ago.

@@ -7,6 +7,7 @@
 mod connect;
 mod consumer;
 mod convert;
+mod examine;
 mod publisher;
 mod settle;
 mod topology;
@@ -19,8 +20,8 @@ use serde::{Deserialize, Serialize};
 use tokio_util::task::TaskTracker;
 
 use self::{connect::Connector, consumer::AmqpConsumer, publisher::AmqpPublisher};
-use super::{Consumer, Publisher, SourceSpec, Transport, TransportError};
-use crate::secret::Secret;
+use super::{Consumer, Examination, Publisher, SourceSpec, Transport, TransportError};
+use crate::{finding::Finding, secret::Secret};
 
 /// RabbitMQ as a [`Transport`].
 #[derive(Debug)]
@@ -60,6 +61,10 @@ impl Transport for AmqpTransport {
 
     async fn publisher(&self) -> Result<Box<dyn Publisher>, TransportError> {
         Ok(Box::new(AmqpPublisher::open(Arc::clone(&self.connector))))
+    }
+
+    async fn examine(&self, asked: Examination) -> Vec<Finding> {
+        examine::examine(&self.connector, asked).await
     }
 }
 

@@ -15,7 +15,7 @@ use super::{
 };
 
 /// A quorum queue gives no consumer more than this at a time, whatever it asks for.
-const QUORUM_PREFETCH: u16 = 2_000;
+pub(super) const QUORUM_PREFETCH: u16 = 2_000;
 
 /// Refuses what cannot work, before anything is connected.
 pub(super) fn check(source: &AmqpSource) -> Result<(), Failure> {
@@ -49,7 +49,7 @@ pub(super) fn check(source: &AmqpSource) -> Result<(), Failure> {
     Ok(())
 }
 
-fn short(what: &str, text: &str) -> Result<lapin::types::ShortString, Failure> {
+pub(super) fn short(what: &str, text: &str) -> Result<lapin::types::ShortString, Failure> {
     convert::short(what, text).map_err(Failure::Misconfigured)
 }
 
@@ -69,7 +69,7 @@ fn kind(create: &AmqpQueueCreate) -> Result<&str, Failure> {
     }
 }
 
-fn arguments(create: &AmqpQueueCreate) -> Result<FieldTable, Failure> {
+pub(super) fn arguments(create: &AmqpQueueCreate) -> Result<FieldTable, Failure> {
     let mut table = FieldTable::default();
     for (name, value) in &create.arguments {
         let value = convert::argument(value)
@@ -81,7 +81,7 @@ fn arguments(create: &AmqpQueueCreate) -> Result<FieldTable, Failure> {
     Ok(table)
 }
 
-fn exchange_kind(binding: &AmqpBinding) -> Result<ExchangeKind, Failure> {
+pub(super) fn exchange_kind(binding: &AmqpBinding) -> Result<ExchangeKind, Failure> {
     match binding.exchange_type.as_deref() {
         None | Some("topic") => Ok(ExchangeKind::Topic),
         Some("direct") => Ok(ExchangeKind::Direct),
@@ -220,7 +220,7 @@ async fn check_type(
 /// What exists is not what `create` asks for: in words, and nothing is changed.
 fn differs(what: &str, text: &str) -> String {
     match Inequivalent::parse(text) {
-        Some(Inequivalent { argument, asked, current }) => format!(
+        Some(Inequivalent { argument, asked, current, .. }) => format!(
             "{what} exists and is not as `create` asks for: {argument} is {current}, expected \
              {asked}; change one of the two, or take `create` out"
         ),
@@ -231,20 +231,22 @@ fn differs(what: &str, text: &str) -> String {
 /// The broker's words for that, taken apart:
 /// `inequivalent arg 'x-queue-type' for queue 'q' in vhost '/': received the value 'quorum' of
 /// type 'longstr' but current is none`.
-struct Inequivalent<'a> {
-    argument: &'a str,
+pub(super) struct Inequivalent<'a> {
+    pub(super) argument: &'a str,
     asked: String,
     current: String,
+    /// What it is, in the broker's own words.
+    pub(super) said: &'a str,
 }
 
 impl<'a> Inequivalent<'a> {
-    fn parse(text: &'a str) -> Option<Self> {
+    pub(super) fn parse(text: &'a str) -> Option<Self> {
         let (_, rest) = text.split_once("inequivalent arg '")?;
         let (argument, rest) = rest.split_once('\'')?;
         // The last ones: a name may hold anything.
-        let (rest, current) = rest.rsplit_once(" but current is ")?;
+        let (rest, said) = rest.rsplit_once(" but current is ")?;
         let (_, asked) = rest.rsplit_once(": received ")?;
-        Some(Self { argument, asked: value(asked), current: value(current) })
+        Some(Self { argument, asked: value(asked), current: value(said), said })
     }
 }
 

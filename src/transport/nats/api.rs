@@ -18,8 +18,8 @@ use super::{
 use crate::event::{HeaderValue, Headers};
 
 const NO_MESSAGE: u16 = 10_037;
-const STREAM_NOT_FOUND: u16 = 10_059;
-const CONSUMER_NOT_FOUND: u16 = 10_014;
+pub(super) const STREAM_NOT_FOUND: u16 = 10_059;
+pub(super) const CONSUMER_NOT_FOUND: u16 = 10_014;
 
 /// Requests to JetStream over one connection.
 #[derive(Debug, Clone)]
@@ -209,6 +209,13 @@ struct ApiError {
     description: String,
 }
 
+/// JetStream's answer to a request.
+#[derive(Debug)]
+pub(super) enum Said<T> {
+    Yes(T),
+    No { code: u16, description: String },
+}
+
 enum Failure {
     Refused(ApiError),
     Fault(Fault),
@@ -356,6 +363,26 @@ impl Api {
         }))
     }
 
+    /// Sends any request, and gives what was said to it.
+    pub(super) async fn ask<T: DeserializeOwned>(
+        &self,
+        subject: &str,
+        request: &Value,
+    ) -> Result<Said<T>, Fault> {
+        match self.call(subject, request).await {
+            Ok(answer) => Ok(Said::Yes(answer)),
+            Err(Failure::Refused(ApiError { err_code, description })) => {
+                Ok(Said::No { code: err_code, description })
+            }
+            Err(Failure::Fault(fault)) => Err(fault),
+        }
+    }
+
+    /// Where requests of this kind go.
+    pub(super) fn subject(&self, request: &str) -> String {
+        format!("{}.{request}", self.prefix)
+    }
+
     async fn call<T: DeserializeOwned>(
         &self,
         subject: &str,
@@ -370,7 +397,7 @@ impl Api {
             Value::Null => Bytes::new(),
             request => Bytes::from(request.to_string()),
         };
-        let subject = format!("{}.{subject}", self.prefix);
+        let subject = self.subject(subject);
         let request = Request::new().payload(payload).timeout(Some(self.timeout));
         let mut refusals = self.live.refusals();
         let answer = tokio::select! {

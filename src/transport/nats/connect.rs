@@ -34,6 +34,9 @@ const PING_INTERVAL: Duration = Duration::from_secs(2);
 /// Nothing ever listens there: where a client is sent that must not connect again.
 const NOWHERE: &str = "nats://127.0.0.1:0";
 
+/// How a reason begins where the login was refused.
+pub(super) const REFUSED: &str = "the server refused the credentials";
+
 /// What stands in the way.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Fault {
@@ -353,7 +356,7 @@ impl NatsOptions {
         let first = self.tls.as_ref().is_some_and(|tls| tls.first);
         match error.kind() {
             ConnectErrorKind::AuthorizationViolation => {
-                format!("the server refused the credentials: {}", self.login(server))
+                format!("{REFUSED}: {}", self.login(server))
             }
             ConnectErrorKind::Authentication => {
                 format!("cannot log in with {}: it is no seed of a key (SU…)", self.login(server))

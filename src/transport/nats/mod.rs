@@ -7,11 +7,13 @@
 //! * `recovery`: reading missing messages from the stream by sequence (C3).
 //! * `delivery`: a JetStream message as a [`Message`](crate::event::Message), and its settlement.
 //! * `publisher`: pipelined publishes, each confirmed by the stream.
+//! * `examine`: what `doctor` finds out.
 
 mod api;
 mod connect;
 mod consumer;
 mod delivery;
+mod examine;
 mod publisher;
 mod pull;
 mod recovery;
@@ -28,8 +30,8 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
 use self::{connect::Link, consumer::NatsConsumer, publisher::NatsPublisher};
-use super::{Consumer, Publisher, SourceSpec, Transport, TransportError};
-use crate::secret::Secret;
+use super::{Consumer, Examination, Publisher, SourceSpec, Transport, TransportError};
+use crate::{finding::Finding, secret::Secret};
 
 /// How long the server waits for an ack before it delivers again, where nothing else is asked.
 const ACK_WAIT: Duration = Duration::from_secs(30);
@@ -170,6 +172,10 @@ impl Transport for NatsTransport {
 
     async fn publisher(&self) -> Result<Box<dyn Publisher>, TransportError> {
         Ok(Box::new(NatsPublisher::new(Link::new(self.options.clone(), "publisher"))))
+    }
+
+    async fn examine(&self, asked: Examination) -> Vec<Finding> {
+        examine::examine(&self.options, asked).await
     }
 }
 
