@@ -4,11 +4,15 @@
 //! Nothing is dropped when somebody is slow: an emit resolves when its event is committed, and
 //! every handler reads the log at its own pace.
 
+mod blocked;
 mod builder;
 mod compose;
+mod gauges;
 mod handlers;
 mod health;
+mod lookout;
 mod operate;
+mod reasons;
 mod rebuild;
 mod reingest;
 mod turns;
@@ -36,7 +40,7 @@ use crate::{
     handler::EventHandler,
     ingest::{self, Source},
     store::{Append, Entry, EventStore, Log, LogHealth, StoreError},
-    telemetry::Metrics,
+    telemetry::{Metrics, SourceLabels},
     transport::{Receipt, Reporter},
 };
 
@@ -199,7 +203,7 @@ impl EventBus {
         // It takes in, as a source does, and ends with them.
         let (cut, reingest) = (abort.clone(), reingest.run(stop_sources.clone()));
         source_tasks.spawn(async move { cut.run_until_cancelled(reingest).await });
-        Ok(Self {
+        let bus = Self {
             inner: Arc::new(Inner {
                 log,
                 metrics,
@@ -221,7 +225,10 @@ impl EventBus {
                 stop_log,
                 abort,
             }),
-        })
+        };
+        let inner = &bus.inner;
+        inner.log_tasks.spawn(lookout::run(Arc::downgrade(inner), inner.stop_log.clone()));
+        Ok(bus)
     }
 
     /// The store under the log: read it back, typed, with
@@ -297,7 +304,9 @@ impl EventBus {
     pub fn add_source(&self, source: Source) -> Reporter {
         let inner = &self.inner;
         let name = Arc::clone(&source.name);
-        let reporter = Reporter::new(Arc::clone(&name));
+        let labels = SourceLabels { source: Arc::clone(&name) };
+        let reconnects = inner.metrics.source.reconnects.get_or_create_owned(&labels);
+        let reporter = Reporter::new(Arc::clone(&name)).counting(reconnects);
         let running = RunningSource {
             transport: source.transport.kind(),
             decoder: source.decoder.clone(),

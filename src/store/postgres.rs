@@ -34,7 +34,8 @@ use time::OffsetDateTime;
 use tokio::sync::Mutex;
 
 use super::{
-    AttemptAppend, AttemptError, Batch, EventStore, Limit, QuarantineEntry, Query, StoreError,
+    AttemptAppend, AttemptError, Batch, Connections, EventStore, Limit, QuarantineEntry, Query,
+    StoreError,
     admit::{self, Caution, HeldBefore, Plan},
     append_isolating,
     progress::row::Failed,
@@ -729,6 +730,11 @@ impl EventStore for PostgresStore {
                 ) => return,
             }
         }
+    }
+
+    /// Beside these it has one that appends, and one that listens.
+    fn connections(&self) -> Option<Connections> {
+        Some(Connections::of(&self.readers))
     }
 
     async fn close(&self) {
