@@ -466,6 +466,7 @@ mod tests {
                 condition::list_unpublished(Dialect::Sqlite),
                 "INDEX unfinished_unpublished (handler=?)",
             ),
+            (condition::list_at(Dialect::Sqlite), "PRIMARY KEY (handler=? AND position=?)"),
             (REDRIVEN.to_owned(), "u USING INDEX unfinished_redriven (handler=?)"),
             (REDRIVEN_QUARANTINE.to_owned(), "q USING COVERING INDEX quarantine_redriven"),
             (format!("{REDRIVES} WHERE number = ?"), "COVERING INDEX unfinished_redrive"),

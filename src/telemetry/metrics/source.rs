@@ -35,7 +35,7 @@ pub struct SourceMetrics {
     pub state: Family<SourceStateLabels, Gauge>,
     /// Messages handed over, copies and non-events included.
     pub received: Family<SourceLabels, Counter>,
-    /// Bytes of body received.
+    /// Bytes of body and headers received.
     pub received_bytes: Family<SourceLabels, Counter>,
     /// Of the messages, deliveries the broker had made before.
     pub redelivered: Family<SourceLabels, Counter>,
@@ -101,7 +101,7 @@ impl SourceMetrics {
         r.register("received", "Messages handed over by the source", self.received.clone());
         r.register_with_unit(
             "received",
-            "Bytes of the bodies received",
+            "Bytes of the bodies and headers received",
             Unit::Bytes,
             self.received_bytes.clone(),
         );

@@ -191,7 +191,7 @@ fn samples(text: &str) -> std::collections::BTreeMap<String, f64> {
         }
         let (series, value) = line.rsplit_once(' ').unwrap_or_else(|| panic!("{line}"));
         let name = series.split('{').next().unwrap();
-        let family = ["_total", "_bucket", "_sum", "_count"]
+        let family = ["_total", "_bucket", "_sum", "_count", "_info"]
             .iter()
             .find_map(|suffix| name.strip_suffix(suffix).filter(|name| types.contains(*name)))
             .unwrap_or(name);
