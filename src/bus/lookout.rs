@@ -32,7 +32,7 @@ pub(super) async fn run(bus: Weak<Inner>, stop: CancellationToken) {
     let looking = async {
         let mut ticks = interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        for tick in 0.. {
+        for tick in 0_u64.. {
             ticks.tick().await;
             let Some(inner) = bus.upgrade() else { return };
             let log = Arc::clone(&inner.log);
@@ -49,7 +49,7 @@ pub(super) async fn run(bus: Weak<Inner>, stop: CancellationToken) {
             for status in handlers {
                 look(&log, &status, tick).await;
             }
-            if tick % QUARANTINE == 0
+            if tick.is_multiple_of(QUARANTINE)
                 && let Ok(Ok(entries)) = timeout(PATIENCE, log.store().quarantine_len()).await
             {
                 quarantine.set(i64::try_from(entries).unwrap_or(i64::MAX));
@@ -62,7 +62,7 @@ pub(super) async fn run(bus: Weak<Inner>, stop: CancellationToken) {
 async fn look(log: &Log, status: &HandlerStatus, tick: u64) {
     let seen = status.snapshot();
     if matches!(seen.state, HandlerState::Standby(_))
-        && tick % STANDBY == 0
+        && tick.is_multiple_of(STANDBY)
         && let Ok(Ok(Some(cursor))) = timeout(PATIENCE, log.store().cursor(&seen.name)).await
     {
         status.set_standby_position(cursor);
