@@ -165,7 +165,8 @@ impl Family {
 fn documented() -> BTreeMap<String, (String, String, BTreeSet<String>, String)> {
     let text = std::fs::read_to_string(Path::new(ROOT).join("docs/metrics.md")).unwrap();
     let mut rows = BTreeMap::new();
-    for line in text.lines().filter(|line| line.starts_with("| `p")) {
+    let series = |line: &&str| line.starts_with("| `pulsebus_") || line.starts_with("| `process_");
+    for line in text.lines().filter(series) {
         let cells: Vec<_> = line.trim_matches('|').split('|').map(str::trim).collect();
         let [name, kind, unit, labels, meaning] = cells[..] else { panic!("{line}") };
         let labels = labels.split(',').map(|label| label.trim().trim_matches('`'));
