@@ -5,6 +5,8 @@
 //! away it asks its consumer for nothing new, keeps what it holds alive, and goes on when the
 //! store is back. A message that is no event goes into quarantine within the same batch.
 
+mod counters;
+
 use std::{
     collections::VecDeque,
     sync::Arc,
@@ -12,14 +14,16 @@ use std::{
 };
 
 use serde_json::Value;
+use time::OffsetDateTime;
 use tokio::{sync::watch, time::MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
+use self::counters::Counters;
 use crate::{
     event::{Decoder, DecoderOptions, Message},
     retry::RetryPolicy,
     store::{Append, Entry, Log, LogHealth, StoreError, Ticket},
-    telemetry::{Metrics, SourceLabels},
+    telemetry::Metrics,
     transport::{
         Consumer, Deliveries, Receipt, Reporter, Room, Settle, Settlement, SourceSpec, SourceState,
         Transport, TransportError,
@@ -77,7 +81,6 @@ pub async fn run(
     metrics: Metrics,
     stop: CancellationToken,
 ) {
-    let labels = SourceLabels { source: Arc::clone(&source.name) };
     let mut backoff = RetryPolicy::reconnect().start();
     let consumer = loop {
         match stop.run_until_cancelled(open(&source, &reporter, &log)).await {
@@ -97,18 +100,21 @@ pub async fn run(
     let mut ingest = Ingest {
         decoder: Decoder::new(source.decoder),
         options: source.options,
+        counters: Counters::new(&metrics, &source.name),
         name: source.name,
         consumer,
         held: VecDeque::new(),
         held_messages: 0,
         held_bytes: 0,
         health,
-        counters: Counters::new(&metrics, &labels),
         reporter,
         log,
         warned: false,
     };
     ingest.consume(&stop).await;
+    // What is still held goes with it.
+    ingest.counters.holding(0, 0);
+    ingest.reporter.held_since(None);
     ingest.reporter.report(SourceState::Stopped);
 }
 
@@ -158,6 +164,9 @@ struct Held {
     messages: usize,
     bytes: usize,
     keep_alive_at: Option<Instant>,
+    taken_at: OffsetDateTime,
+    /// The publisher's time of the first event that has one.
+    published_at: Option<OffsetDateTime>,
 }
 
 /// Messages taken in one go at most: what a commit takes.
@@ -228,14 +237,33 @@ impl Ingest {
         let Deliveries { messages, mark, redelivered, settle } = deliveries;
         let count = messages.len();
         let bytes = messages.iter().map(|m| m.body.len() + m.headers.weight()).sum();
-        let entries = messages.into_iter().map(|message| self.decode(message)).collect();
-        self.counters.taken(count, bytes, redelivered);
+        let entries: Vec<_> = messages.into_iter().map(|message| self.decode(message)).collect();
+        let taken_at = crate::event::now();
+        let published_at = entries.iter().find_map(|entry| match entry {
+            Entry::Event(event) => event.time(),
+            Entry::Quarantine(_) => None,
+        });
+        self.counters.taken(count, bytes, redelivered, taken_at);
         let mark = mark.map(|mark| (Arc::clone(&self.name), mark));
         let ticket = self.log.submit(Append { entries, mark });
         self.held_messages += count;
         self.held_bytes += bytes;
         let keep_alive_at = settle.patience().map(|patience| Instant::now() + patience);
-        self.held.push_back(Held { ticket, settle, messages: count, bytes, keep_alive_at });
+        self.held.push_back(Held {
+            ticket,
+            settle,
+            messages: count,
+            bytes,
+            keep_alive_at,
+            taken_at,
+            published_at,
+        });
+        self.say_what_is_held();
+    }
+
+    fn say_what_is_held(&self) {
+        self.counters.holding(self.held_messages, self.held_bytes);
+        self.reporter.held_since(self.held.front().map(|oldest| oldest.taken_at));
     }
 
     fn decode(&mut self, message: Message) -> Entry {
@@ -246,7 +274,10 @@ impl Ingest {
     }
 
     async fn settle(&mut self, held: Held, receipts: Vec<Receipt>) {
+        let committed_at = crate::event::now();
         self.counters.committed(&self.name, &receipts);
+        self.counters.took(held.taken_at, held.published_at, committed_at);
+        self.say_what_is_held();
         if !self.warned && self.decoder.ids_made() > 0 {
             self.warned = true;
             tracing::warn!(
@@ -256,6 +287,7 @@ impl Ingest {
             );
         }
         held.settle.settle(receipts.into_iter().map(Settlement::Ack).collect()).await;
+        self.counters.settled(committed_at);
     }
 
     async fn keep_alive(&mut self) {
@@ -277,54 +309,5 @@ async fn first_ticket(
     match held.front_mut() {
         Some(first) => (&mut first.ticket).await,
         None => std::future::pending().await,
-    }
-}
-
-/// A source's series, looked up once.
-struct Counters {
-    received: prometheus_client::metrics::counter::Counter,
-    received_bytes: prometheus_client::metrics::counter::Counter,
-    redelivered: prometheus_client::metrics::counter::Counter,
-    stored: prometheus_client::metrics::counter::Counter,
-    duplicates: prometheus_client::metrics::counter::Counter,
-    quarantined: prometheus_client::metrics::counter::Counter,
-}
-
-impl Counters {
-    fn new(metrics: &Metrics, labels: &SourceLabels) -> Self {
-        Self {
-            received: metrics.received.get_or_create_owned(labels),
-            received_bytes: metrics.received_bytes.get_or_create_owned(labels),
-            redelivered: metrics.redelivered.get_or_create_owned(labels),
-            stored: metrics.stored.get_or_create_owned(labels),
-            duplicates: metrics.duplicates.get_or_create_owned(labels),
-            quarantined: metrics.quarantined.get_or_create_owned(labels),
-        }
-    }
-
-    fn taken(&self, messages: usize, bytes: usize, redelivered: usize) {
-        self.received.inc_by(messages as u64);
-        self.received_bytes.inc_by(bytes as u64);
-        self.redelivered.inc_by(redelivered as u64);
-    }
-
-    fn committed(&self, source: &str, receipts: &[Receipt]) {
-        let (mut stored, mut duplicates, mut quarantined) = (0, 0, 0);
-        for receipt in receipts {
-            match receipt {
-                Receipt::Stored(_) => stored += 1,
-                Receipt::Duplicate(_) => duplicates += 1,
-                Receipt::Quarantined { number, reason } => {
-                    quarantined += 1;
-                    tracing::debug!(source, number, %reason, "message put into quarantine");
-                }
-            }
-        }
-        self.stored.inc_by(stored);
-        self.duplicates.inc_by(duplicates);
-        self.quarantined.inc_by(quarantined);
-        if quarantined > 0 {
-            tracing::warn!(source, quarantined, "messages put into quarantine");
-        }
     }
 }

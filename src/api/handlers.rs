@@ -15,10 +15,11 @@ use super::{
     Problem, Shared,
     events::segment,
     redrives::{By, SOMEBODY},
+    status::{ErrorView, age},
 };
 use crate::{
     bus::{EventBus, HandlerAccessError, Rebuilding, RewindTo},
-    dispatch::Snapshot,
+    dispatch::{BlockedKey, Cause, Snapshot},
     event::Position,
 };
 
@@ -28,17 +29,78 @@ pub(super) struct HandlerView {
     name: String,
     kind: &'static str,
     state: &'static str,
-    /// Everything up to here is finished.
+    #[serde(with = "time::serde::rfc3339")]
+    since: OffsetDateTime,
+    /// Everything up to here is finished, or has a row that says what it waits for.
     position: Position,
     /// Events between that and the head of the log.
     lag: u64,
+    /// How old the first of these is; absent until it has been looked up.
+    lag_seconds: Option<f64>,
     in_flight: u64,
+    /// The call that has been under way for longest.
+    oldest_in_flight: Option<CallView>,
     retrying: u64,
+    #[serde(with = "time::serde::rfc3339::option")]
+    next_retry_at: Option<OffsetDateTime>,
     parked: u64,
+    /// Keys that are retrying, or behind a dead letter.
+    blocked_keys: u64,
     dead: u64,
+    last_error: Option<ErrorView>,
+    #[serde(with = "time::serde::rfc3339::option")]
+    last_progress_at: Option<OffsetDateTime>,
     reason: Option<String>,
     /// How far its rebuild is.
     rebuild: Option<RebuildView>,
+    /// The keys that do not flow, the earliest first; of a single handler only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    blocked: Option<Vec<BlockedView>>,
+}
+
+/// Keys shown that do not flow.
+const BLOCKED: usize = 50;
+
+#[derive(Debug, Serialize)]
+struct CallView {
+    /// Of its first event.
+    position: Position,
+    #[serde(with = "time::serde::rfc3339")]
+    since: OffsetDateTime,
+    seconds: f64,
+}
+
+#[derive(Debug, Serialize)]
+struct BlockedView {
+    key: Option<String>,
+    position: Position,
+    /// `retrying` or `dead`.
+    state: &'static str,
+    attempts: u32,
+    #[serde(with = "time::serde::rfc3339::option")]
+    due_at: Option<OffsetDateTime>,
+    last_error: Option<ErrorView>,
+    followers: u64,
+}
+
+impl From<BlockedKey> for BlockedView {
+    fn from(blocked: BlockedKey) -> Self {
+        let (state, due_at) = match blocked.cause {
+            Cause::Retrying { due_at } => ("retrying", Some(due_at)),
+            Cause::Dead => ("dead", None),
+        };
+        Self {
+            key: blocked.key.map(|key| key.to_string()),
+            position: blocked.position,
+            state,
+            attempts: blocked.attempts,
+            due_at,
+            last_error: ErrorView::of(
+                blocked.failure.map(|failure| (failure.last_error, failure.last_failed_at)),
+            ),
+            followers: blocked.followers,
+        }
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -52,18 +114,34 @@ impl HandlerView {
         let head = bus.log().head();
         Self {
             lag: head.0.saturating_sub(snapshot.position.0),
+            lag_seconds: match bus.oldest_unfinished(snapshot) {
+                Some(oldest) => Some(age(oldest)),
+                None if snapshot.position >= head => Some(0.0),
+                None => None,
+            },
             name: snapshot.name.to_string(),
             kind: snapshot.kind,
             state: snapshot.state.as_str(),
+            since: snapshot.since,
             position: snapshot.position,
             in_flight: snapshot.in_flight,
+            oldest_in_flight: snapshot.oldest_call.map(|(position, since)| CallView {
+                position,
+                since,
+                seconds: age(since),
+            }),
             retrying: snapshot.retrying,
+            next_retry_at: snapshot.next_retry,
             parked: snapshot.parked,
+            blocked_keys: snapshot.blocked_keys,
             dead: snapshot.dead,
-            reason: snapshot.state.reason().map(str::to_owned),
+            last_error: ErrorView::of(snapshot.last_error.clone()),
+            last_progress_at: snapshot.last_progress,
+            reason: bus.reason(snapshot),
             rebuild: bus
                 .rebuilding(&snapshot.name)
                 .map(|Rebuilding { position, head }| RebuildView { position, head }),
+            blocked: None,
         }
     }
 }
@@ -84,7 +162,11 @@ pub(super) async fn one(
     Extract(state): Shared,
     name: Result<Path<String>, PathRejection>,
 ) -> Result<Json<HandlerView>, Problem> {
-    view(&state.api.bus, &segment(name)?)
+    let (bus, name) = (&state.api.bus, segment(name)?);
+    let Json(mut view) = view(bus, &name)?;
+    let blocked = bus.blocked(&name, BLOCKED).await.map_err(problem)?;
+    view.blocked = Some(blocked.into_iter().map(BlockedView::from).collect());
+    Ok(Json(view))
 }
 
 fn view(bus: &EventBus, name: &str) -> Result<Json<HandlerView>, Problem> {

@@ -173,6 +173,7 @@ impl Api {
             .fallback(problem::not_found)
             .method_not_allowed_fallback(problem::method_not_allowed)
             .layer(CatchPanicLayer::custom(problem::panicked))
+            .layer(middleware::from_fn_with_state(Arc::clone(&state), status::count))
             .with_state(state)
     }
 }

@@ -1,15 +1,22 @@
 //! `/healthz`, `/readyz`, `/metrics`, `/v1/sources`.
 
+use std::time::Instant;
+
 use axum::{
     Json,
-    extract::State as Extract,
+    extract::{MatchedPath, Request, State as Extract},
     http::{HeaderMap, StatusCode, Uri, header},
-    response::IntoResponse,
+    middleware::Next,
+    response::{IntoResponse, Response},
 };
 use serde::Serialize;
+use time::OffsetDateTime;
 
 use super::{Shared, access};
-use crate::bus::{Component, Health};
+use crate::{
+    bus::{Component, Health, SourceSnapshot},
+    telemetry::TextFormat,
+};
 
 /// The process runs. Says nothing about brokers or the store.
 pub(super) async fn healthz() -> &'static str {
@@ -43,9 +50,45 @@ pub(super) fn readiness(
     (status, Json(Readiness { ready, components: in_detail.then_some(components) }))
 }
 
-pub(super) async fn metrics(Extract(state): Shared) -> impl IntoResponse {
-    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    ([(header::CONTENT_TYPE, kind)], state.api.bus.metrics_text())
+/// In the format that is asked for: OpenMetrics where both would do.
+pub(super) async fn metrics(Extract(state): Shared, headers: HeaderMap) -> impl IntoResponse {
+    let accepted: Vec<_> =
+        headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok()).collect();
+    let format = TextFormat::preferred(&accepted.join(","));
+    let told = [(header::CONTENT_TYPE, format.content_type()), (header::VARY, "accept")];
+    (told, state.api.bus.metrics_text(format))
+}
+
+/// Counts a request by its route, whose parameters have names and not values, and by how it
+/// ended.
+pub(super) async fn count(Extract(state): Shared, request: Request, next: Next) -> Response {
+    let begun = Instant::now();
+    let route = request.extensions().get::<MatchedPath>().cloned();
+    let answer = next.run(request).await;
+    let route = route.as_ref().map_or("other", MatchedPath::as_str);
+    let http = &state.api.bus.metrics().http;
+    http.answered(route, answer.status().as_u16(), begun.elapsed());
+    answer
+}
+
+/// Something that went wrong.
+#[derive(Debug, Serialize)]
+pub(super) struct ErrorView {
+    text: String,
+    #[serde(with = "time::serde::rfc3339")]
+    at: OffsetDateTime,
+}
+
+impl ErrorView {
+    pub(super) fn of(error: Option<(impl std::fmt::Display, OffsetDateTime)>) -> Option<Self> {
+        error.map(|(text, at)| Self { text: text.to_string(), at })
+    }
+}
+
+/// How long ago that was, in seconds.
+pub(super) fn age(since: OffsetDateTime) -> f64 {
+    let age = (OffsetDateTime::now_utc() - since).as_seconds_f64().max(0.0);
+    (age * 1_000.0).round() / 1_000.0
 }
 
 #[derive(Debug, Serialize)]
@@ -53,8 +96,50 @@ struct SourceView {
     name: String,
     transport: &'static str,
     state: &'static str,
+    #[serde(with = "time::serde::rfc3339")]
+    since: OffsetDateTime,
     received: u64,
+    redelivered: u64,
+    stored: u64,
+    duplicates: u64,
+    quarantined: u64,
+    /// Taken and not settled.
+    held: u64,
+    /// How long the oldest of them has been held.
+    oldest_held_seconds: Option<f64>,
+    /// What waits in the broker, as it said last.
+    pending: Option<u64>,
+    reconnects: u64,
+    #[serde(with = "time::serde::rfc3339::option")]
+    last_received_at: Option<OffsetDateTime>,
+    #[serde(with = "time::serde::rfc3339::option")]
+    last_settled_at: Option<OffsetDateTime>,
+    last_error: Option<ErrorView>,
     reason: Option<String>,
+}
+
+impl From<SourceSnapshot> for SourceView {
+    fn from(source: SourceSnapshot) -> Self {
+        Self {
+            name: source.name.to_string(),
+            transport: source.transport,
+            state: source.state.as_str(),
+            since: source.since,
+            received: source.received,
+            redelivered: source.redelivered,
+            stored: source.stored,
+            duplicates: source.duplicates,
+            quarantined: source.quarantined,
+            held: source.held,
+            oldest_held_seconds: source.held_since.map(age),
+            pending: source.pending,
+            reconnects: source.reconnects,
+            last_received_at: source.last_received,
+            last_settled_at: source.last_settled,
+            last_error: ErrorView::of(source.last_error),
+            reason: source.reason,
+        }
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -63,18 +148,6 @@ pub(super) struct SourceList {
 }
 
 pub(super) async fn sources(Extract(state): Shared) -> Json<SourceList> {
-    let sources = state
-        .api
-        .bus
-        .sources()
-        .into_iter()
-        .map(|source| SourceView {
-            name: source.name.to_string(),
-            transport: source.transport,
-            state: source.state.as_str(),
-            received: source.received,
-            reason: source.state.reason().map(str::to_owned),
-        })
-        .collect();
+    let sources = state.api.bus.sources().into_iter().map(SourceView::from).collect();
     Json(SourceList { sources })
 }

@@ -108,6 +108,7 @@ impl Default for Starting {
             component: "bus".to_owned(),
             health: Health::NotReady,
             state: "starting",
+            since: crate::event::now(),
             reason: None,
         })))
     }
@@ -130,8 +131,10 @@ impl Starting {
 
     pub(crate) fn waits_for(&self, component: &str, reason: String) {
         let (health, component) = (Health::NotReady, component.to_owned());
-        let waiting = Component { component, health, state: "waiting", reason: Some(reason) };
-        *lock(&self.0) = waiting;
+        let (state, mut now) = ("waiting", lock(&self.0));
+        let same = now.component == component && now.state == state;
+        let since = if same { now.since } else { crate::event::now() };
+        *now = Component { component, health, state, since, reason: Some(reason) };
     }
 
     /// Composes and starts a bus. Waits for a store that is away and for an index that the

@@ -1,19 +1,21 @@
-//! How everything is: for `/readyz`, `/v1/sources`, `/v1/handlers` and the gauges.
+//! How everything is: for `/readyz`, `/v1/sources` and `/v1/handlers`.
 
 use std::sync::Arc;
 
 use serde::Serialize;
+use time::OffsetDateTime;
 
-use super::{EventBus, Retention, lock};
+use super::{EventBus, Retention, lock, reasons};
 use crate::{
     dispatch::{HandlerState, Snapshot},
-    store::LogHealth,
-    telemetry::{HandlerLabels, SourceLabels},
-    transport::SourceState,
+    event::Position,
+    store::{Log, LogHealth},
+    telemetry::SourceLabels,
+    transport::{SourceReport, SourceState},
 };
 
 /// A source at one moment.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct SourceSnapshot {
     /// Its configured name.
     pub name: Arc<str>,
@@ -21,8 +23,34 @@ pub struct SourceSnapshot {
     pub transport: &'static str,
     /// How it is.
     pub state: SourceState,
+    /// Since when it is in that state.
+    pub since: OffsetDateTime,
+    /// Why it does not consume, and what to do.
+    pub reason: Option<String>,
     /// Messages received since the start.
     pub received: u64,
+    /// Of these, deliveries that the broker had made before.
+    pub redelivered: u64,
+    /// Of these, events added to the log.
+    pub stored: u64,
+    /// Of these, copies of events that were in the log already.
+    pub duplicates: u64,
+    /// Of these, messages put into quarantine.
+    pub quarantined: u64,
+    /// Messages taken and not settled.
+    pub held: u64,
+    /// Since when the oldest of them is held.
+    pub held_since: Option<OffsetDateTime>,
+    /// Messages that wait in the broker, as it said last; `None` where it does not say.
+    pub pending: Option<u64>,
+    /// How often it lost its broker, or was refused by it, since the start.
+    pub reconnects: u64,
+    /// What went wrong last, and when.
+    pub last_error: Option<(Arc<str>, OffsetDateTime)>,
+    /// When something was received last.
+    pub last_received: Option<OffsetDateTime>,
+    /// When the broker was last told what became of a delivery.
+    pub last_settled: Option<OffsetDateTime>,
 }
 
 /// How ready a part of the bus is.
@@ -47,7 +75,10 @@ pub struct Component {
     pub health: Health,
     /// Its state in a word.
     pub state: &'static str,
-    /// Why, where there is a reason.
+    /// Since when it is in that state.
+    #[serde(with = "time::serde::rfc3339")]
+    pub since: OffsetDateTime,
+    /// Why, and what to do, where there is a reason.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
 }
@@ -57,29 +88,51 @@ impl EventBus {
     #[must_use]
     pub fn sources(&self) -> Vec<SourceSnapshot> {
         let health = self.inner.log.health();
-        lock(&self.inner.sources)
+        let all: Vec<_> = lock(&self.inner.sources)
             .iter()
-            .map(|(name, running)| SourceSnapshot {
-                name: Arc::clone(name),
-                transport: running.transport,
-                state: match (running.reporter.state(), &health) {
-                    // With the store away it asks for nothing, whatever its broker does.
-                    (
-                        SourceState::Consuming,
-                        LogHealth::Waiting(reason) | LogHealth::Failed(reason),
-                    ) => SourceState::Paused(format!(
-                        "the event store does not take events: {reason}"
-                    )),
-                    (state, _) => state,
-                },
-                received: self
-                    .inner
-                    .metrics
-                    .received
-                    .get_or_create_owned(&SourceLabels { source: Arc::clone(name) })
-                    .get(),
-            })
-            .collect()
+            .map(|(name, running)| (Arc::clone(name), running.transport, running.reporter.told()))
+            .collect();
+        all.into_iter().map(|(name, kind, told)| self.source(name, kind, told, &health)).collect()
+    }
+
+    fn source(
+        &self,
+        name: Arc<str>,
+        transport: &'static str,
+        told: SourceReport,
+        health: &LogHealth,
+    ) -> SourceSnapshot {
+        let SourceReport { state, since, reconnects, last_error, pending, held_since } = told;
+        let (state, since) = match (state, health) {
+            // With the store away it asks for nothing, whatever its broker does.
+            (SourceState::Consuming, LogHealth::Waiting(reason) | LogHealth::Failed(reason)) => {
+                let reason = format!("the event store does not take events: {reason}");
+                (SourceState::Paused(reason), self.inner.log.health_since())
+            }
+            (state, _) => (state, since),
+        };
+        let labels = SourceLabels { source: Arc::clone(&name) };
+        let metrics = &self.inner.metrics.source;
+        let held = metrics.held.get_or_create_owned(&labels).get();
+        SourceSnapshot {
+            reason: reasons::source(&state),
+            transport,
+            state,
+            since,
+            received: metrics.received.get_or_create_owned(&labels).get(),
+            redelivered: metrics.redelivered.get_or_create_owned(&labels).get(),
+            stored: metrics.stored.get_or_create_owned(&labels).get(),
+            duplicates: metrics.duplicates.get_or_create_owned(&labels).get(),
+            quarantined: metrics.quarantined.get_or_create_owned(&labels).get(),
+            held: u64::try_from(held).unwrap_or(0),
+            held_since,
+            pending,
+            reconnects,
+            last_error,
+            last_received: moment(metrics.last_received.get_or_create_owned(&labels).get()),
+            last_settled: moment(metrics.last_settled.get_or_create_owned(&labels).get()),
+            name,
+        }
     }
 
     /// Every handler.
@@ -88,16 +141,42 @@ impl EventBus {
         lock(&self.inner.handlers).values().map(|handler| handler.status().snapshot()).collect()
     }
 
-    /// The store, every source and every handler, and how ready each is; and what a reload left to
-    /// say.
+    /// Why a handler does not go on, or what in it waits for a person or a time, and what to do;
+    /// `None` where nothing does.
+    #[must_use]
+    pub fn reason(&self, handler: &Snapshot) -> Option<String> {
+        reasons::handler(handler)
+    }
+
+    /// When the event behind a handler's cursor was recorded, which is the oldest that it has
+    /// not passed; `None` where there is none, or it has not been looked up yet.
+    #[must_use]
+    pub fn oldest_unfinished(&self, handler: &Snapshot) -> Option<OffsetDateTime> {
+        let log = &self.inner.log;
+        let next = behind(log, handler.position)?;
+        log.recorded_lately(next).or_else(|| {
+            let status = self.status(&handler.name).ok()?;
+            // At most as old as the last look-out: the cursor may have moved on since.
+            status.behind().map(|(_, recorded_at)| recorded_at)
+        })
+    }
+
+    /// The store, every source and every handler, and how ready each is; and what retention and a
+    /// reload have to say.
     #[must_use]
     pub fn components(&self) -> Vec<Component> {
-        let (health, state, reason) = match self.inner.log.health() {
+        let log = &self.inner.log;
+        let (health, state, reason) = match log.health() {
             LogHealth::Writing => (Health::Ready, "writing", None),
-            LogHealth::Waiting(reason) => (Health::NotReady, "waiting", Some(reason.to_string())),
-            LogHealth::Failed(reason) => (Health::NotReady, "failed", Some(reason.to_string())),
+            LogHealth::Waiting(reason) => {
+                (Health::NotReady, "waiting", Some(reasons::store_away(&reason)))
+            }
+            LogHealth::Failed(reason) => {
+                (Health::NotReady, "failed", Some(reasons::store_failed(&reason)))
+            }
         };
-        let store = Component { component: "store".to_owned(), health, state, reason };
+        let since = log.health_since();
+        let store = Component { component: "store".to_owned(), health, state, since, reason };
         let sources = self.sources().into_iter().map(|source| Component {
             component: format!("source:{}", source.name),
             health: match source.state {
@@ -110,7 +189,8 @@ impl EventBus {
                 | SourceState::Stopped => Health::NotReady,
             },
             state: source.state.as_str(),
-            reason: source.state.reason().map(str::to_owned),
+            since: source.since,
+            reason: source.reason,
         });
         let handlers = self.handlers().into_iter().map(|handler| Component {
             component: format!("handler:{}", handler.name),
@@ -125,21 +205,15 @@ impl EventBus {
                 | HandlerState::Stopped => Health::NotReady,
             },
             state: handler.state.as_str(),
-            reason: match handler.state.reason() {
-                Some(reason) => Some(reason.to_owned()),
-                None if handler.dead > 0 => Some(format!(
-                    "{} dead letters wait for a person, and {} events behind them; see \
-                     /v1/dead-letters",
-                    handler.dead, handler.parked
-                )),
-                None => None,
-            },
+            since: handler.since,
+            reason: reasons::handler(&handler),
         });
         let rebuilds = self.rebuilds().into_iter().map(|rebuild| Component {
             component: format!("handler:{}", rebuild.name),
             // What serves is as ready as it was.
             health: Health::Degraded,
             state: rebuild.state.as_str(),
+            since: rebuild.since,
             reason: Some(format!("rebuilding, at position {}", rebuild.position)),
         });
         let retention = self.retention().map(|retention| {
@@ -150,6 +224,7 @@ impl EventBus {
                 // The log only grows meanwhile.
                 health: if person { Health::Degraded } else { Health::Ready },
                 state: if reason.is_some() { "held" } else { "removing" },
+                since: retention.since,
                 reason,
             }
         });
@@ -163,29 +238,16 @@ impl EventBus {
     pub fn retention(&self) -> Option<Retention> {
         self.inner.retention.as_ref().map(|retention| lock(retention).clone())
     }
+}
 
-    /// Brings the gauges up to date and returns `/metrics`.
-    #[must_use]
-    pub fn metrics_text(&self) -> String {
-        let metrics = &self.inner.metrics;
-        for source in self.sources() {
-            let labels = SourceLabels { source: source.name };
-            let up = i64::from(source.state == SourceState::Consuming);
-            metrics.source_up.get_or_create(&labels).set(up);
-        }
-        let head = self.inner.log.head();
-        metrics.head.set(head.0);
-        let signed = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
-        for handler in self.handlers() {
-            let labels = HandlerLabels { handler: handler.name };
-            let up = i64::from(handler.state == HandlerState::Running);
-            metrics.handler_up.get_or_create(&labels).set(up);
-            let lag = signed(head.0.saturating_sub(handler.position.0));
-            metrics.lag.get_or_create(&labels).set(lag);
-            metrics.in_flight.get_or_create(&labels).set(signed(handler.in_flight));
-            metrics.retrying.get_or_create(&labels).set(signed(handler.retrying));
-            metrics.parked.get_or_create(&labels).set(signed(handler.parked));
-        }
-        metrics.encode()
-    }
+/// The position behind a cursor, where the log has one.
+pub(super) fn behind(log: &Log, cursor: Position) -> Option<Position> {
+    (cursor < log.head()).then(|| cursor.next())
+}
+
+/// A time as metrics have it; 0 stands for never.
+fn moment(unix: f64) -> Option<OffsetDateTime> {
+    let since = time::Duration::checked_seconds_f64(unix)?;
+    let at = OffsetDateTime::UNIX_EPOCH.checked_add(since)?;
+    (unix > 0.0).then(|| crate::event::to_micros(at))
 }

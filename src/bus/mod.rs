@@ -4,11 +4,15 @@
 //! Nothing is dropped when somebody is slow: an emit resolves when its event is committed, and
 //! every handler reads the log at its own pace.
 
+mod blocked;
 mod builder;
 mod compose;
+mod gauges;
 mod handlers;
 mod health;
+mod lookout;
 mod operate;
+mod reasons;
 mod rebuild;
 mod reingest;
 mod reload;
@@ -44,7 +48,7 @@ use crate::{
     handler::EventHandler,
     ingest::{self, Source},
     store::{Append, Entry, EventStore, Log, LogHealth, StoreError},
-    telemetry::Metrics,
+    telemetry::{Metrics, SourceLabels},
     transport::{Receipt, Reporter},
 };
 
@@ -224,7 +228,7 @@ impl EventBus {
             source_tasks.spawn(async move { cut.run_until_cancelled(run).await });
             retention
         });
-        Ok(Self {
+        let bus = Self {
             inner: Arc::new(Inner {
                 log,
                 metrics,
@@ -248,7 +252,10 @@ impl EventBus {
                 stop_log,
                 abort,
             }),
-        })
+        };
+        let inner = &bus.inner;
+        inner.log_tasks.spawn(lookout::run(Arc::downgrade(inner), inner.stop_log.clone()));
+        Ok(bus)
     }
 
     /// The store under the log: read it back, typed, with
@@ -324,7 +331,9 @@ impl EventBus {
     pub fn add_source(&self, source: Source) -> Reporter {
         let inner = &self.inner;
         let name = Arc::clone(&source.name);
-        let reporter = Reporter::new(Arc::clone(&name));
+        let labels = SourceLabels { source: Arc::clone(&name) };
+        let reconnects = inner.metrics.source.reconnects.get_or_create_owned(&labels);
+        let reporter = Reporter::new(Arc::clone(&name)).counting(reconnects);
         let (transport, decoder) = (source.transport.kind(), source.decoder.clone());
         let (log, metrics) = (Arc::clone(&inner.log), inner.metrics.clone());
         let (stop, abort) = (inner.stop_sources.child_token(), inner.abort.clone());

@@ -26,11 +26,11 @@ use super::{
 };
 use crate::{
     config::{HandlerKind, HandlerSettings, INGEST, Settings, SourceSettings},
-    dispatch::HandlerOptions,
+    dispatch::{HandlerOptions, HandlerState},
     handler::{EventHandler, search::SearchHandler},
     ingest::Source,
     telemetry::{HandlerLabels, SourceLabels},
-    transport::Transport,
+    transport::{SourceState, Transport},
 };
 
 /// How long a source may take to settle what it holds; then it is cut off, and that comes again.
@@ -306,6 +306,7 @@ impl Reloader {
             component: "config".to_owned(),
             health,
             state,
+            since: crate::event::now(),
             reason: Some(reason),
         });
     }
@@ -374,7 +375,7 @@ impl EventBus {
             let _ = source.task.await;
         }
         let labels = SourceLabels { source: name.into() };
-        self.inner.metrics.source_up.remove(&labels);
+        self.inner.metrics.source.forget(&labels, &SourceState::WORDS);
     }
 
     /// Ends a handler and forgets it: what it is doing ends, and its cursor is saved. Cursor,
@@ -409,16 +410,7 @@ impl EventBus {
         let removed = lock(&inner.handlers).remove(name);
         drop(removed);
         let labels = HandlerLabels { handler: Arc::clone(name) };
-        let metrics = &inner.metrics;
-        for gauge in [
-            &metrics.lag,
-            &metrics.in_flight,
-            &metrics.retrying,
-            &metrics.parked,
-            &metrics.handler_up,
-        ] {
-            gauge.remove(&labels);
-        }
+        inner.metrics.handler.forget(&labels, &HandlerState::WORDS);
         Ok(())
     }
 }

@@ -11,6 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
 
 use super::{Registered, lock};
@@ -43,8 +44,10 @@ impl Default for RetainOptions {
 }
 
 /// How the removal of old events is.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Retention {
+    /// Since when it is held up, or is not.
+    pub since: OffsetDateTime,
     /// The log, when it was last looked at.
     pub extent: Option<Extent>,
     /// Who needs the first event, though it would be due.
@@ -55,6 +58,20 @@ pub struct Retention {
     pub unstarted: Option<Arc<str>>,
     /// Why the last step failed; it is tried again.
     pub trouble: Option<Arc<str>>,
+}
+
+impl Default for Retention {
+    /// Nothing has been looked at yet.
+    fn default() -> Self {
+        Self {
+            since: now(),
+            extent: None,
+            held: None,
+            registered: false,
+            unstarted: None,
+            trouble: None,
+        }
+    }
 }
 
 impl Retention {
@@ -133,7 +150,12 @@ impl Retaining {
                     self.options.interval
                 }
                 Err(error) => {
-                    lock(&self.state).trouble = Some(error.to_string().into());
+                    let mut state = lock(&self.state);
+                    if state.reason().is_none() {
+                        state.since = now();
+                    }
+                    state.trouble = Some(error.to_string().into());
+                    drop(state);
                     delays.next_delay()
                 }
             };
@@ -169,7 +191,7 @@ impl Retaining {
             let started = Instant::now();
             let removed = store.remove(&self.removal()).await?;
             self.untold += removed.events;
-            self.metrics.events_removed.inc_by(removed.events);
+            self.metrics.log.removed.inc_by(removed.events);
             let held = removed.held;
             let registered =
                 held.as_ref().is_some_and(|held| lock(&self.handlers).contains_key(&held.handler));
@@ -211,11 +233,11 @@ impl Retaining {
         Ok(None)
     }
 
-    fn show(&self, now: Retention) {
-        let metrics = &self.metrics;
+    fn show(&self, mut now: Retention) {
+        let metrics = &self.metrics.log;
         if let Some(extent) = now.extent {
             metrics.first.set(extent.first().0);
-            metrics.log_bytes.set(extent.bytes);
+            metrics.bytes.set(extent.bytes);
         }
         let holder = now.held.as_ref().map(|held| &held.handler);
         let mut state = lock(&self.state);
@@ -227,6 +249,9 @@ impl Retaining {
             if let Some(handler) = holder.cloned() {
                 metrics.retention_held.get_or_create(&HandlerLabels { handler }).set(1);
             }
+        }
+        if state.reason().is_some() == now.reason().is_some() {
+            now.since = state.since;
         }
         *state = now;
     }

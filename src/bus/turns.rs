@@ -17,7 +17,7 @@ use crate::{
         Log, StoreError,
         progress::{Claim, Claimed, Epoch, SOURCE},
     },
-    telemetry::Metrics,
+    telemetry::{ComponentLabels, Metrics},
     transport::{Reporter, SourceState},
 };
 
@@ -35,17 +35,25 @@ impl Turns {
     /// Consumes the source whenever it is this process's turn, until stopped.
     pub(super) async fn run(self, stop: CancellationToken) {
         let name = format!("{SOURCE}{}", self.source.name);
+        let component = ComponentLabels { component: name.as_str().into() };
+        let lease = &self.metrics.lease;
+        lease.lost(&component);
+        let mut elsewhere = false;
         let mut delays = RetryPolicy::reconnect().start();
         while !stop.is_cancelled() {
             let wait = match self.claim(&name).await {
                 Ok(Claimed::Taken(tenure)) => {
                     delays.reset();
-                    if !self.consume(&name, tenure.epoch, &stop).await {
+                    lease.taken(&component, tenure.epoch.0, std::mem::take(&mut elsewhere));
+                    let again = self.consume(&name, tenure.epoch, &stop).await;
+                    lease.lost(&component);
+                    if !again {
                         return;
                     }
                     continue;
                 }
                 Ok(Claimed::Held { owner, left }) => {
+                    elsewhere = true;
                     let reason = format!("{owner} consumes it; this one takes over when that ends");
                     self.reporter.report(SourceState::Standby(reason));
                     left.min(self.lease / 5)

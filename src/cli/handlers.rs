@@ -1,4 +1,4 @@
-//! `handlers list`, `pause`, `resume`, `rewind`, `rebuild` and `forget`.
+//! `handlers list`, `show`, `pause`, `resume`, `rewind`, `rebuild` and `forget`.
 
 use reqwest::StatusCode;
 use serde::Deserialize;
@@ -18,6 +18,9 @@ use super::{
 pub(super) enum Command {
     /// Lists handlers: how far they are, and what holds them up
     List(ClientArgs),
+    /// Shows a handler: how it is and since when, how far behind, which keys do not flow and why,
+    /// and what to do
+    Show(Shown),
     /// Lets a handler end what it is doing and take nothing new until resumed, also after a
     /// restart
     Pause(Named),
@@ -39,6 +42,14 @@ pub(super) struct Named {
     client: ClientArgs,
     #[command(flatten)]
     by: By,
+    /// The handler
+    name: String,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Shown {
+    #[command(flatten)]
+    client: ClientArgs,
     /// The handler
     name: String,
 }
@@ -90,14 +101,51 @@ struct Handler {
     name: String,
     kind: String,
     state: String,
+    since: String,
     position: u64,
     lag: u64,
+    lag_seconds: Option<f64>,
     in_flight: u64,
+    oldest_in_flight: Option<Call>,
     retrying: u64,
+    next_retry_at: Option<String>,
     parked: u64,
+    blocked_keys: u64,
     dead: u64,
+    last_error: Option<Error>,
+    last_progress_at: Option<String>,
     reason: Option<String>,
     rebuild: Option<Building>,
+    blocked: Vec<Blocked>,
+}
+
+/// What went wrong.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct Error {
+    pub(super) text: String,
+    pub(super) at: String,
+}
+
+/// A call under way.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Call {
+    position: u64,
+    seconds: f64,
+}
+
+/// A key that does not flow.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Blocked {
+    key: Option<String>,
+    position: u64,
+    state: String,
+    attempts: u64,
+    due_at: Option<String>,
+    last_error: Option<Error>,
+    followers: u64,
 }
 
 /// How far a rebuild is.
@@ -122,6 +170,7 @@ impl Handler {
 pub(super) async fn run(settings: &SettingsArgs, command: Command) -> Result<(), Failure> {
     match command {
         Command::List(args) => list(settings, &args).await,
+        Command::Show(args) => show(settings, &args).await,
         Command::Pause(args) => tell(settings, &args, "pause", "is paused").await,
         Command::Resume(args) => tell(settings, &args, "resume", "goes on").await,
         Command::Rewind(args) => rewind(settings, &args).await,
@@ -148,31 +197,108 @@ async fn list(settings: &SettingsArgs, args: &ClientArgs) -> Result<(), Failure>
             handler.name,
             handler.kind,
             handler.state,
-            handler.position.to_string(),
+            output::seconds_since(&handler.since).map(output::span).unwrap_or_default(),
             handler.lag.to_string(),
-            handler.in_flight.to_string(),
+            handler.lag_seconds.map(output::span).unwrap_or_default(),
             handler.retrying.to_string(),
             handler.parked.to_string(),
             handler.dead.to_string(),
             remarks.join("; "),
         ]);
     }
-    output::print(&output::table(
-        [
-            "NAME",
-            "KIND",
-            "STATE",
-            "POSITION",
-            "LAG",
-            "IN FLIGHT",
-            "RETRYING",
-            "PARKED",
-            "DEAD",
-            "REASON",
-        ],
-        &rows,
-    ))?;
+    let headings =
+        ["NAME", "KIND", "STATE", "FOR", "LAG", "BEHIND", "RETRYING", "PARKED", "DEAD", "REASON"];
+    output::fit(headings, &mut rows);
+    output::print(&output::table(headings, &rows))?;
     Ok(())
+}
+
+async fn show(settings: &SettingsArgs, args: &Shown) -> Result<(), Failure> {
+    let client = args.client.client(settings)?;
+    let (answer, handler) = get(&client, &args.name).await?;
+    if args.client.json {
+        output::print_json([&*answer])?;
+        return Ok(());
+    }
+    output::print(&shown(handler))?;
+    Ok(())
+}
+
+fn shown(handler: Handler) -> String {
+    let since = output::seconds_since(&handler.since).map(output::span);
+    let state = match since {
+        Some(since) => format!("{} for {since} (since {})", handler.state, handler.since),
+        None => handler.state,
+    };
+    let lag = match handler.lag_seconds {
+        Some(seconds) if handler.lag > 0 => {
+            format!("{} events; the oldest is {} old", handler.lag, output::span(seconds))
+        }
+        _ => format!("{} events", handler.lag),
+    };
+    let ago = |at: Option<String>| at.map(|at| output::ago(&at)).unwrap_or_default();
+    let some = |n: u64, text: &str| if n > 0 { format!("{n} {text}") } else { String::new() };
+    let mut text = output::fields(&[
+        ("name", handler.name),
+        ("kind", handler.kind),
+        ("state", state),
+        ("reason", handler.reason.unwrap_or_default()),
+        ("position", handler.position.to_string()),
+        ("lag", lag),
+        ("in flight", some(handler.in_flight, "events")),
+        (
+            "oldest call",
+            handler
+                .oldest_in_flight
+                .map(|call| {
+                    format!("position {}, for {}", call.position, output::span(call.seconds))
+                })
+                .unwrap_or_default(),
+        ),
+        ("blocked", some(handler.blocked_keys, "keys")),
+        ("retrying", some(handler.retrying, "keys")),
+        ("next retry", ago(handler.next_retry_at)),
+        ("parked", some(handler.parked, "events behind failed or dead ones of their key")),
+        ("dead", some(handler.dead, "dead letters")),
+        ("last error", handler.last_error.as_ref().map(|e| e.text.clone()).unwrap_or_default()),
+        ("", ago(handler.last_error.map(|error| error.at))),
+        ("last progress", ago(handler.last_progress_at)),
+        (
+            "rebuild",
+            handler
+                .rebuild
+                .map(|building| format!("up to {} of {}", building.position, building.head))
+                .unwrap_or_default(),
+        ),
+    ]);
+    if handler.blocked.is_empty() {
+        return text;
+    }
+    let many = handler.blocked.len();
+    let mut rows: Vec<_> = handler
+        .blocked
+        .into_iter()
+        .map(|key| {
+            let due = key.due_at.as_deref().and_then(output::seconds_since);
+            [
+                output::shortened(&key.key.unwrap_or_default(), 30),
+                key.position.to_string(),
+                key.state,
+                key.attempts.to_string(),
+                due.map(|ago| output::span(-ago)).unwrap_or_default(),
+                key.followers.to_string(),
+                key.last_error.map(|error| error.text).unwrap_or_default(),
+            ]
+        })
+        .collect();
+    let headings = ["KEY", "POSITION", "STATE", "ATTEMPTS", "DUE IN", "BEHIND IT", "LAST ERROR"];
+    output::fit(headings, &mut rows);
+    text.push_str("\n\nkeys that do not flow:\n");
+    text.push_str(&output::table(headings, &rows));
+    if (many as u64) < handler.blocked_keys {
+        text.push_str(&format!("\n… and {} more", handler.blocked_keys - many as u64));
+    }
+    text
 }
 
 async fn tell(

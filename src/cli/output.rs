@@ -98,6 +98,54 @@ pub(super) fn shortened(text: &str, most: usize) -> String {
     text.chars().take(most.saturating_sub(1)).chain(['…']).collect()
 }
 
+/// How wide a line of a table should be at most.
+pub(super) const WIDTH: usize = 100;
+
+/// Shortens the last cell of each row, so that lines are no longer than [`WIDTH`], unless the
+/// other cells leave it too little: then it has this much.
+pub(super) fn fit<const N: usize>(headings: [&str; N], rows: &mut [[String; N]]) {
+    const LEAST: usize = 20;
+    let width = |n: usize| {
+        let cells = rows.iter().map(|row| row[n].chars().count());
+        cells.chain([headings[n].chars().count()]).max().unwrap_or(0)
+    };
+    let before: usize = (0..N.saturating_sub(1)).map(|n| width(n) + 2).sum();
+    let left = WIDTH.saturating_sub(before).max(LEAST);
+    for row in rows {
+        if let Some(last) = row.last_mut() {
+            *last = shortened(last, left);
+        }
+    }
+}
+
+/// A span of time, as people say it.
+pub(super) fn span(seconds: f64) -> String {
+    let whole = std::time::Duration::try_from_secs_f64(seconds.max(0.0)).unwrap_or_default();
+    match whole.as_secs() {
+        0 if seconds > 0.0 => "<1s".to_owned(),
+        s @ 0..=119 => format!("{s}s"),
+        s @ 120..=7_199 => format!("{}m", s / 60),
+        s @ 7_200..=172_799 => format!("{}h", s / 3_600),
+        s => format!("{}d", s / 86_400),
+    }
+}
+
+/// A moment as the API writes it, and how long ago that is.
+pub(super) fn ago(at: &str) -> String {
+    match seconds_since(at) {
+        Some(seconds) if seconds >= 0.0 => format!("{at} ({} ago)", span(seconds)),
+        Some(seconds) => format!("{at} (in {})", span(-seconds)),
+        None => at.to_owned(),
+    }
+}
+
+/// How long ago a moment is that the API wrote; negative where it is still to come.
+pub(super) fn seconds_since(at: &str) -> Option<f64> {
+    let at =
+        time::OffsetDateTime::parse(at, &time::format_description::well_known::Rfc3339).ok()?;
+    Some((time::OffsetDateTime::now_utc() - at).as_seconds_f64())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -117,6 +165,33 @@ mod tests {
         let shown = [("a", "1".to_owned()), ("none", String::new()), ("key", "\u{1b}x".to_owned())];
         assert_eq!(fields(&shown), "a    1\nkey  \u{fffd}x");
         assert_eq!(harmless_lines("{\r\n\t\"a\": \u{9b}1\n}"), "{\n    \"a\": \u{fffd}1\n}");
+    }
+
+    #[test]
+    fn spans_are_said_as_people_say_them() {
+        for (seconds, said) in [
+            (0.0, "0s"),
+            (0.2, "<1s"),
+            (119.9, "119s"),
+            (120.0, "2m"),
+            (7_200.0, "2h"),
+            (172_800.0, "2d"),
+            (-1.0, "0s"),
+        ] {
+            assert_eq!(span(seconds), said, "{seconds}");
+        }
+        assert_eq!(ago("no time"), "no time");
+        assert!(ago("2020-01-01T00:00:00Z").ends_with("d ago)"));
+        assert!(ago("2999-01-01T00:00:00Z").contains(" (in "));
+    }
+
+    #[test]
+    fn a_table_is_no_wider_than_a_terminal() {
+        let mut rows = [["name".to_owned(), "x".repeat(300)], ["n".to_owned(), "short".to_owned()]];
+        fit(["NAME", "REASON"], &mut rows);
+        let text = table(["NAME", "REASON"], &rows);
+        assert_eq!(text.lines().map(|line| line.chars().count()).max(), Some(WIDTH));
+        assert!(text.contains('…') && text.contains("short"), "{text}");
     }
 
     #[test]

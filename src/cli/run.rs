@@ -313,7 +313,8 @@ mod tests {
 
     fn component(health: Health) -> Vec<Component> {
         let component = "source:x".to_owned();
-        vec![Component { component, health, state: "recovering", reason: None }]
+        let since = time::OffsetDateTime::UNIX_EPOCH;
+        vec![Component { component, health, state: "recovering", since, reason: None }]
     }
 
     #[tokio::test(start_paused = true)]

@@ -22,7 +22,13 @@ struct Source {
     name: String,
     transport: String,
     state: String,
+    since: String,
     received: u64,
+    held: u64,
+    oldest_held_seconds: Option<f64>,
+    pending: Option<u64>,
+    last_received_at: Option<String>,
+    reconnects: u64,
     reason: Option<String>,
 }
 
@@ -41,10 +47,35 @@ pub(super) async fn run(settings: &SettingsArgs, command: Command) -> Result<(),
             source.name,
             source.transport,
             source.state,
+            output::seconds_since(&source.since).map(output::span).unwrap_or_default(),
             source.received.to_string(),
+            source
+                .last_received_at
+                .and_then(|at| output::seconds_since(&at))
+                .map(|ago| format!("{} ago", output::span(ago)))
+                .unwrap_or_default(),
+            match source.oldest_held_seconds {
+                Some(seconds) => format!("{} for {}", source.held, output::span(seconds)),
+                None => source.held.to_string(),
+            },
+            source.pending.map(|pending| pending.to_string()).unwrap_or_default(),
+            source.reconnects.to_string(),
             source.reason.unwrap_or_default(),
         ]);
     }
-    output::print(&output::table(["NAME", "TRANSPORT", "STATE", "RECEIVED", "REASON"], &rows))?;
+    let headings = [
+        "NAME",
+        "TRANSPORT",
+        "STATE",
+        "FOR",
+        "RECEIVED",
+        "LAST",
+        "HELD",
+        "PENDING",
+        "LOST",
+        "REASON",
+    ];
+    output::fit(headings, &mut rows);
+    output::print(&output::table(headings, &rows))?;
     Ok(())
 }

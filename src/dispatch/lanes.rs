@@ -77,7 +77,7 @@ pub(super) enum Turn {
 }
 
 /// An event in its lane.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Entry {
     pub(super) position: Position,
     /// `None`: it is only in the store.
@@ -139,6 +139,15 @@ struct Lane {
     block: Block,
     /// The last timer that was set for it.
     timer: Option<Instant>,
+}
+
+/// A lane that does not flow.
+#[derive(Debug)]
+pub(super) struct Blocked {
+    /// Its front.
+    pub(super) entry: Entry,
+    /// How many events are behind that.
+    pub(super) followers: u64,
 }
 
 /// All lanes of a handler that have unfinished events.
@@ -234,6 +243,26 @@ impl Lanes {
     /// Events behind the fronts of both.
     pub(super) const fn parked(&self) -> usize {
         self.parked
+    }
+
+    /// The lanes that do not flow, those with the earliest fronts first, up to so many. Looks at
+    /// every lane: for a person who asks.
+    pub(super) fn blocked(&self, most: usize) -> Vec<Blocked> {
+        let blocked = self.lanes.values().filter(|lane| lane.block != Block::No);
+        let mut fronts: Vec<_> =
+            blocked.filter_map(|lane| Some((lane.queue.front()?.position, lane))).collect();
+        if fronts.len() > most {
+            fronts.select_nth_unstable_by_key(most, |(position, _)| *position);
+            fronts.truncate(most);
+        }
+        fronts.sort_unstable_by_key(|(position, _)| *position);
+        let shown = fronts.into_iter().filter_map(|(_, lane)| {
+            Some(Blocked {
+                entry: lane.queue.front()?.clone(),
+                followers: lane.queue.len() as u64 - 1,
+            })
+        });
+        shown.collect()
     }
 
     /// Whether a lane that does not flow has too many events.

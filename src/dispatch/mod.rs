@@ -45,6 +45,7 @@
 //! What waits is bounded ([`HandlerOptions::parked_per_key`], [`HandlerOptions::parked_total`]);
 //! at the bound a handler reads no further, and says so; it never drops (G7).
 
+mod blocked;
 mod burial;
 mod counters;
 mod filter;
@@ -57,8 +58,10 @@ mod status;
 mod window;
 mod worker;
 
+pub use blocked::{BlockedKey, Cause};
 pub use filter::{Filter, FilterError};
 pub(crate) use runner::{Command, Setup, run};
+use status::Work;
 pub use status::{HandlerState, HandlerStatus, Snapshot};
 
 use std::{sync::Arc, time::Duration};

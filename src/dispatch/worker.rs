@@ -16,7 +16,10 @@ use futures_util::FutureExt as _;
 use tokio::sync::mpsc;
 
 use super::lanes::{Item, LaneId, Track};
-use crate::handler::{Batching, EventHandler, HandlerError, Outcome};
+use crate::{
+    event::Position,
+    handler::{Batching, EventHandler, HandlerError, Outcome},
+};
 
 /// How long a worker goes on with a chunk before it reports, when no call has to wait.
 const SLICE: Duration = Duration::from_millis(10);
@@ -28,8 +31,8 @@ pub(super) struct Report {
     pub(super) results: Vec<(Item, Outcome)>,
     /// Events that were not begun, in order.
     pub(super) unstarted: Vec<Item>,
-    /// Whether the worker can take another chunk.
-    pub(super) idle: bool,
+    /// The event it still has; `None` where it can take another chunk.
+    pub(super) running: Option<Position>,
     /// Whether chunks of this size suit the handler.
     pub(super) pace: Pace,
     /// How long the calls took; `None` while one of them still runs.
@@ -86,7 +89,7 @@ impl Worker {
                                 worker: self.number,
                                 results: std::mem::take(&mut results),
                                 unstarted: items.by_ref().collect(),
-                                idle: false,
+                                running: Some(item.position()),
                                 pace,
                                 took: None,
                             });
@@ -111,7 +114,7 @@ impl Worker {
             worker: self.number,
             results,
             unstarted: items.collect(),
-            idle: true,
+            running: None,
             pace,
             took: Some(started.elapsed()),
         }
@@ -128,7 +131,7 @@ impl Worker {
                     worker: self.number,
                     results,
                     unstarted,
-                    idle: true,
+                    running: None,
                     pace: Pace::Slow,
                     took: Some(started.elapsed()),
                 };
@@ -175,7 +178,7 @@ impl Worker {
             worker: self.number,
             results,
             unstarted,
-            idle: true,
+            running: None,
             pace: Pace::Instant,
             took: Some(started.elapsed()),
         }

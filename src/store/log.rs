@@ -4,10 +4,12 @@
 //! is committed at once and a flood in large batches, without a timer.
 
 use std::{
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
+use prometheus_client::metrics::counter::Counter;
+use time::OffsetDateTime;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -15,7 +17,7 @@ use super::{Batch, Entry, EventStore, Limit, StoreError, tail::Tail};
 use crate::{
     event::{Position, StoredEvent},
     retry::RetryPolicy,
-    telemetry::Metrics,
+    telemetry::{Metrics, ReadLabels},
     transport::{Mark, Receipt},
 };
 
@@ -75,11 +77,21 @@ pub struct Log {
     tail: Tail,
     head: watch::Sender<Position>,
     health: watch::Sender<LogHealth>,
+    /// Since when it is writing, waiting or failed.
+    health_since: Mutex<OffsetDateTime>,
     requests: mpsc::UnboundedSender<Request>,
+    reads: Reads,
+}
+
+/// Where pages of events came from.
+struct Reads {
+    memory: Counter,
+    store: Counter,
 }
 
 struct Request {
     append: Append,
+    submitted: Instant,
     reply: oneshot::Sender<Vec<Receipt>>,
 }
 
@@ -110,13 +122,17 @@ impl Log {
         stop: CancellationToken,
     ) -> Result<Arc<Self>, StoreError> {
         let head = store.head().await?;
-        metrics.head.set(head.0);
+        metrics.log.head.set(head.0);
+        let reads = |from| metrics.log.reads.get_or_create_owned(&ReadLabels { from });
+        let reads = Reads { memory: reads("memory"), store: reads("store") };
         let (requests, incoming) = mpsc::unbounded_channel();
         let log = Arc::new(Self {
             tail: Tail::new(options.tail_events, options.tail_bytes),
             head: watch::Sender::new(head),
             health: watch::Sender::new(LogHealth::Writing),
+            health_since: Mutex::new(crate::event::now()),
             requests,
+            reads,
             store,
         });
         let writer = Writer {
@@ -145,7 +161,7 @@ impl Log {
     pub fn submit(&self, append: Append) -> Ticket {
         let (reply, ticket) = oneshot::channel();
         // A closed channel drops the reply, which fails the ticket.
-        let _ = self.requests.send(Request { append, reply });
+        let _ = self.requests.send(Request { append, submitted: Instant::now(), reply });
         ticket
     }
 
@@ -167,6 +183,12 @@ impl Log {
         self.health.borrow().clone()
     }
 
+    /// Since when it is so, whatever the reasons were.
+    #[must_use]
+    pub fn health_since(&self) -> OffsetDateTime {
+        *self.health_since.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Watches how the writer is.
     #[must_use]
     pub fn watch_health(&self) -> watch::Receiver<LogHealth> {
@@ -185,10 +207,12 @@ impl Log {
         if after >= self.head() {
             return Ok(Vec::new());
         }
-        match self.tail.read(after, limit) {
-            Some(events) => Ok(events),
-            None => self.store.read(after, limit).await,
+        if let Some(events) = self.tail.read(after, limit) {
+            self.reads.memory.inc();
+            return Ok(events);
         }
+        self.reads.store.inc();
+        self.store.read(after, limit).await
     }
 
     /// The events at these positions, which are in order: from memory where all of them are
@@ -201,10 +225,18 @@ impl Log {
         positions: &[Position],
         bytes: usize,
     ) -> Result<Vec<Arc<StoredEvent>>, StoreError> {
-        match self.tail.get(positions, bytes) {
-            Some(events) => Ok(events),
-            None => self.store.get(positions, bytes).await,
+        if let Some(events) = self.tail.get(positions, bytes) {
+            self.reads.memory.inc();
+            return Ok(events);
         }
+        self.reads.store.inc();
+        self.store.get(positions, bytes).await
+    }
+
+    /// When an event was recorded, where it is recent enough to be in memory.
+    pub(crate) fn recorded_lately(&self, position: Position) -> Option<OffsetDateTime> {
+        let found = self.tail.get(&[position], 0)?;
+        found.first().map(|event| event.recorded_at)
     }
 
     /// Something is known to be committed up to here.
@@ -252,6 +284,10 @@ impl Log {
         self.health.send_if_modified(|current| {
             let changes = *current != health && !matches!(current, LogHealth::Failed(_));
             if changes {
+                if std::mem::discriminant(current) != std::mem::discriminant(&health) {
+                    let since = self.health_since.lock();
+                    *since.unwrap_or_else(PoisonError::into_inner) = crate::event::now();
+                }
                 *current = health;
             }
             changes
@@ -304,6 +340,7 @@ impl Writer {
         let mut batch = Batch::new(Vec::new());
         let mut replies = Vec::new();
         let mut bytes = 0;
+        let waits_since = first.submitted;
         let mut next = Some(first);
         while let Some(request) = next {
             let entries = &request.append.entries;
@@ -325,6 +362,7 @@ impl Writer {
             batch.marks.extend(mark);
             next = self.incoming.try_recv().ok();
         }
+        self.metrics.log.wait_seconds.observe(waits_since.elapsed().as_secs_f64());
         Some((batch, replies))
     }
 
@@ -336,9 +374,9 @@ impl Writer {
             let started = Instant::now();
             match self.log.store.append(batch).await {
                 Ok(receipts) if receipts.len() == batch.entries.len() => {
-                    self.metrics.commit_seconds.observe(started.elapsed().as_secs_f64());
+                    self.metrics.log.commit_seconds.observe(started.elapsed().as_secs_f64());
                     #[expect(clippy::cast_precision_loss, reason = "a batch is a few thousand")]
-                    self.metrics.commit_size.observe(batch.entries.len() as f64);
+                    self.metrics.log.commit_entries.observe(batch.entries.len() as f64);
                     if self.log.set_health(LogHealth::Writing) {
                         tracing::info!(store = self.log.store.kind(), "the event store is back");
                     }
@@ -359,7 +397,7 @@ impl Writer {
                     | StoreError::Misconfigured(reason)
                     | StoreError::Fenced(reason),
                 ) => {
-                    self.metrics.commit_failures.inc();
+                    self.metrics.log.commit_failures.inc();
                     let first = self.log.health() == LogHealth::Writing;
                     self.log.set_health(LogHealth::Waiting(Arc::clone(&reason)));
                     if first {
@@ -407,7 +445,7 @@ impl Writer {
         }
         if last > Position::START {
             self.log.advance(last);
-            self.metrics.head.set(self.log.head().0);
+            self.metrics.log.head.set(self.log.head().0);
         }
         let mut receipts = receipts.into_iter();
         for Waiting { entries, reply } in replies {

@@ -158,6 +158,26 @@ pub struct QuarantineEntry {
     pub size: u64,
 }
 
+/// The connections of a store to its database.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Connections {
+    /// Open, and in use.
+    pub used: u32,
+    /// Open, and free.
+    pub idle: u32,
+    /// That may be open.
+    pub max: u32,
+}
+
+impl Connections {
+    /// Those of a pool.
+    pub(crate) fn of<DB: sqlx::Database>(pool: &sqlx::Pool<DB>) -> Self {
+        let open = pool.size();
+        let idle = u32::try_from(pool.num_idle()).unwrap_or(open).min(open);
+        Self { used: open - idle, idle, max: pool.options().get_max_connections() }
+    }
+}
+
 /// The log and the state that commits with it. See the [module](self) for the contract.
 ///
 /// *Concurrency*: every method may be called from many tasks at once. *Cancel safe*: a dropped
@@ -233,6 +253,11 @@ pub trait EventStore: ProgressStore {
     async fn appended_elsewhere(&self, seen: Position) {
         let _ = seen;
         std::future::pending::<()>().await;
+    }
+
+    /// How many connections to a database it has; `None` where it has none of that kind.
+    fn connections(&self) -> Option<Connections> {
+        None
     }
 
     /// Closes connections and files; nothing may be called afterwards.

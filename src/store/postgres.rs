@@ -35,8 +35,8 @@ use time::OffsetDateTime;
 use tokio::sync::Mutex;
 
 use super::{
-    AttemptAppend, AttemptError, Batch, EventStore, Extent, Limit, QuarantineEntry, Query, Removal,
-    Removed, StoreError,
+    AttemptAppend, AttemptError, Batch, Connections, EventStore, Extent, Limit, QuarantineEntry,
+    Query, Removal, Removed, StoreError,
     admit::{self, Caution, HeldBefore, Known, Plan},
     append_isolating,
     progress::row::Failed,
@@ -790,6 +790,11 @@ impl EventStore for PostgresStore {
                 ) => return,
             }
         }
+    }
+
+    /// Beside these it has one that appends, and one that listens.
+    fn connections(&self) -> Option<Connections> {
+        Some(Connections::of(&self.readers))
     }
 
     async fn close(&self) {

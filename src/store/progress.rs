@@ -470,6 +470,15 @@ pub trait ProgressStore: Send + Sync + 'static {
         limit: usize,
     ) -> Result<Vec<DeadLetter>, StoreError>;
 
+    /// The rows of a handler at these positions, in order, whatever their state, as a dead letter
+    /// would be shown: with their keys and failures, and what waits behind each. One that was
+    /// kept without a failure has an empty one.
+    async fn unfinished_at(
+        &self,
+        handler: &str,
+        positions: &[Position],
+    ) -> Result<Vec<DeadLetter>, StoreError>;
+
     /// How many dead letters match that no redrive has taken up.
     async fn count_dead_letters(&self, filter: &DeadLetterFilter) -> Result<u64, StoreError>;
 

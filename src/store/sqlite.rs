@@ -31,8 +31,8 @@ use self::{
     read::{COLUMNS, HeldRow, held_row},
 };
 use super::{
-    AttemptError, Batch, EventStore, Extent, Limit, QuarantineEntry, Query, Removal, Removed,
-    StoreError, admit::Caution, append_isolating, progress::row::Failed, row,
+    AttemptError, Batch, Connections, EventStore, Extent, Limit, QuarantineEntry, Query, Removal,
+    Removed, StoreError, admit::Caution, append_isolating, progress::row::Failed, row,
 };
 use crate::{
     event::{Position, StoredEvent},
@@ -328,6 +328,15 @@ impl EventStore for SqliteStore {
             .await
             .map_err(|e| self.read_failure(&e))?;
         row::number(count)
+    }
+
+    fn connections(&self) -> Option<Connections> {
+        let (readers, writer) = (Connections::of(&self.readers), Connections::of(&self.writer));
+        Some(Connections {
+            used: readers.used + writer.used,
+            idle: readers.idle + writer.idle,
+            max: readers.max + writer.max,
+        })
     }
 
     async fn close(&self) {

@@ -54,6 +54,9 @@ pub(crate) mod hop;
 pub mod http;
 pub mod memory;
 pub mod nats;
+mod report;
+
+pub use report::{Reporter, SourceReport, SourceState};
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -61,7 +64,6 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use tokio::sync::watch;
 
 use crate::{
     event::{Headers, Message, Position},
@@ -352,113 +354,4 @@ pub enum TransportError {
     /// What is configured does not fit what is there; a person has to change one of them.
     #[error("{0}")]
     Misconfigured(String),
-}
-
-/// How a source is.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub enum SourceState {
-    /// Not open yet.
-    #[default]
-    Starting,
-    /// Catching up on what was delivered and not committed (C3).
-    Recovering,
-    /// Open, and taking what comes.
-    Consuming,
-    /// Another process consumes it; this one takes over when that ends.
-    Standby(String),
-    /// Waiting for the store; nothing is taken.
-    Paused(String),
-    /// Away; it comes back by itself.
-    Reconnecting(String),
-    /// A person has to change something; it tries again all the same.
-    Misconfigured(String),
-    /// Closed by a drain.
-    Stopped,
-}
-
-impl SourceState {
-    /// The one word of `/v1/sources`.
-    #[must_use]
-    pub const fn as_str(&self) -> &'static str {
-        match self {
-            Self::Starting => "starting",
-            Self::Recovering => "recovering",
-            Self::Consuming => "consuming",
-            Self::Standby(_) => "standby",
-            Self::Paused(_) => "paused",
-            Self::Reconnecting(_) => "reconnecting",
-            Self::Misconfigured(_) => "misconfigured",
-            Self::Stopped => "stopped",
-        }
-    }
-
-    /// Why, where there is a reason.
-    #[must_use]
-    pub fn reason(&self) -> Option<&str> {
-        match self {
-            Self::Standby(r) | Self::Paused(r) | Self::Reconnecting(r) | Self::Misconfigured(r) => {
-                Some(r)
-            }
-            Self::Starting | Self::Recovering | Self::Consuming | Self::Stopped => None,
-        }
-    }
-}
-
-/// Where a consumer says how it is. Each change is logged once.
-#[derive(Debug, Clone)]
-pub struct Reporter {
-    source: Arc<str>,
-    state: watch::Sender<SourceState>,
-}
-
-impl Reporter {
-    /// A reporter for the source of that name, in state [`SourceState::Starting`].
-    #[must_use]
-    pub fn new(source: impl Into<Arc<str>>) -> Self {
-        Self { source: source.into(), state: watch::Sender::default() }
-    }
-
-    /// Says how it is; the same again says nothing.
-    pub fn report(&self, state: SourceState) {
-        self.state.send_if_modified(|current| {
-            if *current == state {
-                return false;
-            }
-            let source = &*self.source;
-            match &state {
-                SourceState::Misconfigured(reason) => {
-                    tracing::error!(source, reason, "source cannot consume as configured");
-                }
-                SourceState::Reconnecting(reason) | SourceState::Paused(reason) => {
-                    tracing::warn!(
-                        source,
-                        reason,
-                        state = state.as_str(),
-                        "source is not consuming"
-                    );
-                }
-                SourceState::Starting
-                | SourceState::Recovering
-                | SourceState::Consuming
-                | SourceState::Standby(_)
-                | SourceState::Stopped => {
-                    tracing::info!(source, state = state.as_str(), "source changed state");
-                }
-            }
-            *current = state;
-            true
-        });
-    }
-
-    /// How it is now.
-    #[must_use]
-    pub fn state(&self) -> SourceState {
-        self.state.borrow().clone()
-    }
-
-    /// Watches how it is.
-    #[must_use]
-    pub fn watch(&self) -> watch::Receiver<SourceState> {
-        self.state.subscribe()
-    }
 }

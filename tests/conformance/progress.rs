@@ -543,6 +543,26 @@ pub async fn D4_a_row_keeps_how_it_first_failed(fixture: &dyn Fixture) {
     assert_eq!(&*letter(&*store, "h", 4).await.failure.first_error, "");
 }
 
+pub async fn D4_rows_are_found_by_position_whatever_their_state(fixture: &dyn Fixture) {
+    let store = fixture.open().await;
+    let (epoch, other) = (run(&*store, "h").await, run(&*store, "other").await);
+    let failed = Unfinished { failure: failure("full", 1), key: "k".into(), ..retrying(3) };
+    let behind = Unfinished { key: "k".into(), ..parked(5) };
+    let rows = keep([failed, behind, dead(7), dead(8)]);
+    save(&*store, "h", epoch, 9, rows).await.unwrap();
+    save(&*store, "other", other, 9, keep([dead(3)])).await.unwrap();
+    let at = [3, 4, 5, 8].map(Position);
+    let found = store.unfinished_at("h", &at).await.unwrap();
+    let positions: Vec<_> = found.iter().map(|row| row.position.0).collect();
+    assert_eq!(positions, [3, 5, 8]);
+    assert!(found.iter().all(|row| &*row.handler == "h"));
+    assert_eq!((&*found[0].key, &*found[0].failure.last_error), ("k", "full"));
+    assert_eq!((found[0].followers, found[1].followers), (1, 0));
+    assert_eq!(&*found[1].failure.last_error, "", "it has not failed");
+    assert!(store.unfinished_at("h", &[]).await.unwrap().is_empty());
+    assert!(store.unfinished_at("nobody", &at).await.unwrap().is_empty());
+}
+
 pub async fn D5_a_rewind_removes_the_rows_above(fixture: &dyn Fixture) {
     let store = fixture.open().await;
     let epoch = run(&*store, "h").await;

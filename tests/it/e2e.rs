@@ -386,7 +386,7 @@ fn received(metrics: &str) -> Option<u64> {
     ["lessons", "quizzes"]
         .iter()
         .map(|source| {
-            let name = format!("pulsebus_duplicates_total{{source=\"{source}\"}} ");
+            let name = format!("pulsebus_source_duplicates_total{{source=\"{source}\"}} ");
             metrics.lines().find_map(|line| line.strip_prefix(&name))?.trim().parse::<u64>().ok()
         })
         .sum()

@@ -14,6 +14,7 @@ use std::{
 
 use futures_util::{FutureExt as _, future::BoxFuture};
 use rustc_hash::FxHashMap;
+use time::OffsetDateTime;
 use tokio::{
     sync::{Notify, mpsc, oneshot, watch},
     task::JoinSet,
@@ -22,7 +23,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::{progress::Saving, redrive::Redriving};
 use super::{
-    HandlerOptions, HandlerState, HandlerStatus, OnDead, Ordering,
+    BlockedKey, HandlerOptions, HandlerState, HandlerStatus, OnDead, Ordering,
     burial::Burial,
     counters::Counters,
     filter::CachedFilter,
@@ -35,13 +36,13 @@ use super::{
 };
 use crate::{
     event::{Position, StoredEvent},
-    handler::{Batching, EventHandler},
+    handler::{Batching, EventHandler, HandlerError},
     retry::RetryPolicy,
     store::{
         Log, StoreError,
         progress::{AuditEntry, Epoch, Standing, Unfinished},
     },
-    telemetry::Metrics,
+    telemetry::{ComponentLabels, LeaseMetrics, Metrics},
 };
 
 /// Rows read at once when a handler starts.
@@ -71,6 +72,8 @@ pub(crate) enum Command {
     Pause(bool),
     /// There may be something to redrive.
     Redrive,
+    /// Which keys do not flow, the earliest first, up to so many?
+    Blocked { most: usize, answer: oneshot::Sender<Vec<BlockedKey>> },
     /// The cursor is to be moved.
     Rewind { to: Position, audit: AuditEntry, done: oneshot::Sender<Result<Position, String>> },
 }
@@ -108,7 +111,8 @@ pub(crate) async fn run(setup: Setup, mut commands: mpsc::UnboundedReceiver<Comm
                             let _ = done.send(Err(reason.to_owned()));
                         }
                         // Every runner looks when it starts.
-                        Command::Redrive => {}
+                        // It has none in hand yet: whoever asks hears nothing.
+                        Command::Redrive | Command::Blocked { .. } => {}
                     },
                 }
             };
@@ -128,6 +132,7 @@ pub(crate) async fn run(setup: Setup, mut commands: mpsc::UnboundedReceiver<Comm
                 let reason = "another pulsebus has opened the same store and runs it now: stop \
                               one of them, then restart the other";
                 setup.status.set_state(HandlerState::Failed(reason.to_owned()));
+                setup.metrics.lease.lost(&component(&setup.name));
                 // Whoever tells it something learns that nobody listens.
                 commands.close();
                 while commands.try_recv().is_ok() {}
@@ -143,7 +148,13 @@ pub(crate) async fn run(setup: Setup, mut commands: mpsc::UnboundedReceiver<Comm
             break;
         }
     }
+    setup.metrics.lease.lost(&component(&setup.name));
     setup.status.set_state(HandlerState::Stopped);
+}
+
+/// The handler, as `/readyz` calls it.
+fn component(name: &str) -> ComponentLabels {
+    ComponentLabels { component: format!("handler:{name}").into() }
 }
 
 struct Runner {
@@ -197,6 +208,13 @@ struct Runner {
     /// The numbers have been held back since `told_at`.
     untold: bool,
     counters: Counters,
+    /// What each worker has, or begins with, and since when.
+    calls: Vec<Option<(Position, Instant)>>,
+    last_error: Option<(HandlerError, OffsetDateTime)>,
+    /// Something has ended since that was told.
+    progressed: bool,
+    last_progress: Option<OffsetDateTime>,
+    lease_metrics: LeaseMetrics,
 }
 
 /// What was asked for by position, and what came.
@@ -225,16 +243,22 @@ impl Runner {
         let Setup { name, handler, options, workers, log, status, metrics, owner, lease, stop } =
             setup;
         let mut delays = RetryPolicy::reconnect().start();
+        let mut elsewhere = false;
+        metrics.lease.lost(&component(&name));
         let (asked, resumed) = loop {
             let asked = Instant::now();
             match Resumed::find(&name, &*handler, &options, &log, &owner, lease).await {
                 Ok(found) => break (asked, found),
-                Err(state) => status.set_state(state),
+                Err(state) => {
+                    elsewhere |= matches!(state, HandlerState::Standby(_));
+                    status.set_state(state);
+                }
             }
             tokio::time::sleep(delays.next_delay().min(lease / 5)).await;
         };
         let Resumed { epoch, cursor, paused } = resumed;
         status.set_position(cursor);
+        metrics.lease.taken(&component(&name), epoch.0, elsewhere);
         let lease = log.store().is_shared().then(|| Lease {
             length: lease,
             until: asked + lease,
@@ -307,6 +331,11 @@ impl Runner {
             told_state: "",
             untold: true,
             counters,
+            calls: vec![None; workers],
+            last_error: None,
+            progressed: false,
+            last_progress: None,
+            lease_metrics: metrics.lease,
             name,
             handler,
             batching,
@@ -426,6 +455,7 @@ impl Runner {
             if self.fenced {
                 // What runs is cut off: whoever has the handler now does it again.
                 self.status.set_state(HandlerState::Standby("it was claimed anew".to_owned()));
+                self.lease_metrics.lost(&component(&self.name));
                 self.workers.shutdown().await;
                 return if self.lease.is_some() { End::Anew } else { End::Displaced };
             }
@@ -498,6 +528,9 @@ impl Runner {
                 self.paused_at = Some(Instant::now());
             }
             Command::Redrive => self.redriving.look(),
+            Command::Blocked { most, answer } => {
+                let _ = answer.send(self.blocked(most));
+            }
             Command::Rewind { to, audit, done } => {
                 if self.rewind.is_some() {
                     let _ = done.send(Err("its cursor is being moved already".to_owned()));
@@ -563,6 +596,9 @@ impl Runner {
                 // What was ready has something unready in front of it now.
                 self.idle.push(worker);
                 continue;
+            }
+            if let (Some(call), Some(first)) = (self.calls.get_mut(worker), chunk.first()) {
+                *call = Some((first.position(), now));
             }
             if let Some(feed) = self.feeds.get(worker) {
                 // The worker is idle and lives as long as this runner, so its queue of one is

@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use time::OffsetDateTime;
+
 use super::Runner;
 use crate::{
     dispatch::{
@@ -23,7 +25,11 @@ pub(super) const MAX_DELAY: Duration = Duration::from_secs(24 * 3_600);
 impl Runner {
     /// Takes what a worker reports.
     pub(super) fn take(&mut self, report: Report) {
-        let Report { worker, results, unstarted, idle, pace, took } = report;
+        let Report { worker, results, unstarted, running, pace, took } = report;
+        let idle = running.is_none();
+        if let Some(call) = self.calls.get_mut(worker) {
+            *call = running.zip(*call).map(|(position, (_, begun))| (position, begun));
+        }
         if idle {
             self.idle.push(worker);
         }
@@ -40,12 +46,14 @@ impl Runner {
         }
         let mut again = Vec::new();
         let mut done = 0;
+        let mut first_done = None;
         let mut answered = false;
         let mut suspended = false;
         for (item, outcome) in results {
             match outcome {
                 Outcome::Done => {
                     done += 1;
+                    first_done.get_or_insert(item.event.recorded_at);
                     answered = true;
                     self.finish(&item);
                 }
@@ -69,6 +77,12 @@ impl Runner {
             }
         }
         self.counters.done.inc_by(done);
+        if let Some(recorded_at) = first_done {
+            let took = (OffsetDateTime::now_utc() - recorded_at).as_seconds_f64();
+            // The clock may have been set back since.
+            self.counters.latency.observe(took.max(0.0));
+        }
+        self.progressed |= answered;
         if answered && !suspended {
             self.outage = None;
         } else if probed && !suspended {
@@ -106,7 +120,7 @@ impl Runner {
         if attempts >= self.options.retry.attempts() {
             return self.bury(item, error);
         }
-        note(&mut item, error);
+        self.note(&mut item, error);
         let delay = after
             .map_or_else(|| self.options.retry.delay_after(attempts), |after| after.min(MAX_DELAY));
         tracing::debug!(
@@ -125,7 +139,7 @@ impl Runner {
     /// The event will not work: a dead letter, which stays at the front of its lane if it parks
     /// it.
     fn bury(&mut self, mut item: Item, error: &HandlerError) -> Option<(Item, Turn)> {
-        note(&mut item, error);
+        self.note(&mut item, error);
         let event = &item.event;
         tracing::warn!(
             handler = &*self.name,
@@ -163,14 +177,20 @@ impl Runner {
     fn suspend(&mut self, reason: HandlerError, after: Option<Duration>, probed: bool) {
         let first = self.outage.is_none();
         let outage = self.outage.get_or_insert_with(|| Outage::new(reason.clone()));
-        outage.reason = reason;
+        outage.reason = reason.clone();
         if first || probed {
             outage.postpone(after.map(|after| after.min(MAX_DELAY)));
         }
+        self.went_wrong(reason);
+    }
+
+    /// Counts a failed attempt, and writes down why.
+    fn note(&mut self, item: &mut Item, error: &HandlerError) {
+        note(item, error);
+        self.went_wrong(error.clone());
     }
 }
 
-/// Counts a failed attempt, and writes down why.
 fn note(item: &mut Item, error: &HandlerError) {
     let now = crate::event::now();
     let failure = Failure {

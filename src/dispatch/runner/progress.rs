@@ -13,6 +13,7 @@ use crate::{
         resume::FLUSH_TIMEOUT,
     },
     event::{Position, StoredEvent},
+    handler::HandlerError,
     store::{
         StoreError,
         progress::{Change, Checkpoint, Standing, Unfinished},
@@ -28,6 +29,7 @@ pub(super) struct Saving {
     settled: Position,
     /// It has what was redriven last.
     redriven: bool,
+    begun: Instant,
     pub(super) done: BoxFuture<'static, Result<(), NotSaved>>,
 }
 
@@ -90,7 +92,8 @@ impl Runner {
             };
             Err(NotSaved { reason, fenced, changes: checkpoint.changes })
         });
-        self.saving = Some(Saving { cursor, settled, redriven: self.redriving.unsaved, done });
+        let redriven = self.redriving.unsaved;
+        self.saving = Some(Saving { cursor, settled, redriven, begun: now, done });
     }
 
     /// Turns what waits in blocked lanes into rows, so that the cursor can pass it.
@@ -140,6 +143,7 @@ impl Runner {
     pub(super) fn checkpointed(&mut self, result: Result<(), NotSaved>) {
         let Some(saving) = self.saving.take() else { return };
         self.saved_at = Some(Instant::now());
+        self.counters.checkpoint.observe(saving.begun.elapsed().as_secs_f64());
         match result {
             Ok(()) => {
                 self.saved = saving.cursor;
@@ -155,7 +159,10 @@ impl Runner {
             Err(NotSaved { reason, fenced, changes }) => {
                 self.fenced |= fenced;
                 self.journal.restore(changes);
-                Trouble::again(&mut self.save_trouble, format!("the checkpoint failed: {reason}"));
+                self.counters.checkpoint_failures.inc();
+                let reason = format!("the checkpoint failed: {reason}");
+                self.went_wrong(HandlerError::new(reason.as_str()));
+                Trouble::again(&mut self.save_trouble, reason);
             }
         }
     }

@@ -10,6 +10,7 @@ use crate::{
         outage::Trouble,
     },
     event::StoredEvent,
+    handler::HandlerError,
     store::{Limit, StoreError, progress::Standing},
 };
 
@@ -113,6 +114,7 @@ impl Runner {
             }
         }
         self.counters.filtered.inc_by(filtered);
+        self.progressed |= filtered > 0;
         self.read_trouble = None;
         self.status.set_position(self.window.cursor());
     }
@@ -164,6 +166,7 @@ impl Runner {
     }
 
     pub(super) fn cannot_read(&mut self, reason: String) {
+        self.went_wrong(HandlerError::new(reason.as_str()));
         Trouble::again(&mut self.read_trouble, reason);
     }
 }

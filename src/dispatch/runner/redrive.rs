@@ -138,6 +138,7 @@ impl Runner {
             let lane = self.lane_of_row(&event);
             match action {
                 RedriveAction::Retry => {
+                    self.counters.retried.inc();
                     let position = event.position;
                     self.journal.keep(Unfinished {
                         standing: Standing::Retrying { due_at: crate::event::now() },
@@ -148,6 +149,8 @@ impl Runner {
                     self.take_back(lane, position);
                 }
                 RedriveAction::Discard => {
+                    self.counters.discarded.inc();
+                    self.progressed = true;
                     self.journal.finish(event.position);
                     self.lanes.remove(lane, event.position);
                 }

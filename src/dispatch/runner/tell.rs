@@ -3,7 +3,10 @@
 use std::time::{Duration, Instant};
 
 use super::{Runner, reading::MAX_SPAN};
-use crate::dispatch::HandlerState;
+use crate::{
+    dispatch::{BlockedKey, HandlerState, Work, blocked::to_utc, lanes::Blocked},
+    handler::HandlerError,
+};
 
 /// How often the numbers of a handler are brought up to date.
 pub(super) const INTERVAL: Duration = Duration::from_millis(100);
@@ -18,10 +21,41 @@ impl Runner {
         if !self.untold {
             self.told_at = now;
             self.told_state = state.as_str();
-            let lanes = &self.lanes;
-            self.status.set_work(lanes.unfinished(), lanes.waiting(), lanes.parked());
+            if std::mem::take(&mut self.progressed) {
+                self.last_progress = Some(crate::event::now());
+            }
+            self.status.set_work(self.at_work());
         }
         self.status.set_state(state);
+    }
+
+    fn at_work(&self) -> Work {
+        let lanes = &self.lanes;
+        let oldest = self.calls.iter().flatten().min_by_key(|(_, begun)| *begun);
+        Work {
+            in_flight: lanes.unfinished() as u64,
+            retrying: lanes.waiting() as u64,
+            parked: lanes.parked() as u64,
+            blocked_keys: (lanes.waiting() + lanes.dead()) as u64,
+            next_retry: lanes.next_due().filter(|_| lanes.waiting() > 0).map(to_utc),
+            oldest_call: oldest.map(|(position, begun)| (*position, to_utc(*begun))),
+            last_error: self.last_error.clone(),
+            last_progress: self.last_progress,
+        }
+    }
+
+    /// Keeps what went wrong last, for whoever asks.
+    pub(super) fn went_wrong(&mut self, error: HandlerError) {
+        self.last_error = Some((error, crate::event::now()));
+    }
+
+    /// The keys that do not flow, the earliest first, up to so many.
+    pub(super) fn blocked(&self, most: usize) -> Vec<BlockedKey> {
+        let keyed = |lane: Blocked| {
+            let key = lane.entry.event.as_ref().map(|event| self.key_of(event));
+            BlockedKey::of(lane, key)
+        };
+        self.lanes.blocked(most).into_iter().map(keyed).collect()
     }
 
     fn state(&self, now: Instant) -> HandlerState {

@@ -290,6 +290,19 @@ impl ProgressStore for MemoryStore {
         Ok(found.take(limit).map(|(name, handler, row)| letter(name, handler, row)).collect())
     }
 
+    async fn unfinished_at(
+        &self,
+        handler: &str,
+        positions: &[Position],
+    ) -> Result<Vec<DeadLetter>, StoreError> {
+        let state = self.state();
+        let Some((name, handler)) = state.progress.handlers.get_key_value(handler) else {
+            return Ok(Vec::new());
+        };
+        let rows = positions.iter().filter_map(|position| handler.rows.get(position));
+        Ok(rows.map(|row| letter(name, handler, row)).collect())
+    }
+
     async fn count_dead_letters(&self, filter: &DeadLetterFilter) -> Result<u64, StoreError> {
         let state = self.state();
         let dead = state.progress.dead();

@@ -372,6 +372,14 @@ impl ProgressStore for PostgresStore {
         self.list_letters(filter, after, limit).await
     }
 
+    async fn unfinished_at(
+        &self,
+        handler: &str,
+        positions: &[Position],
+    ) -> Result<Vec<DeadLetter>, StoreError> {
+        self.list_at(handler, positions).await
+    }
+
     async fn count_dead_letters(&self, filter: &DeadLetterFilter) -> Result<u64, StoreError> {
         self.count(condition::count_letters(filter, Dialect::Postgres)).await
     }

@@ -196,6 +196,20 @@ impl PostgresStore {
         self.rows(bind(query, values), letter).await
     }
 
+    pub(super) async fn list_at(
+        &self,
+        handler: &str,
+        positions: &[Position],
+    ) -> Result<Vec<DeadLetter>, StoreError> {
+        let values = vec![
+            Value::Text(clean(handler).into_owned()),
+            Value::Numbers(positions.iter().map(|position| row::signed(position.0)).collect()),
+        ];
+        let query = sqlx::query(AssertSqlSafe(condition::list_at(Dialect::Postgres)))
+            .bind(row::signed(positions.len() as u64));
+        self.rows(bind(query, values), letter).await
+    }
+
     /// Counts what a filter asks for.
     pub(super) async fn count(&self, (sql, values): Filtered) -> Result<u64, StoreError> {
         let query = bind(sqlx::query(AssertSqlSafe(sql)), values);

@@ -175,6 +175,11 @@ fn table(filter: &DeadLetterFilter, dialect: Dialect) -> &'static str {
 
 /// The dead letters for which this holds, the first `$1` of them, and what waits behind each.
 fn letters(table: &str, conditions: &str, dialect: Dialect) -> String {
+    failed(table, &format!("state = 'dead'{conditions}"), dialect)
+}
+
+/// The rows for which this holds, the first `$1` of them, and what waits behind each.
+fn failed(table: &str, conditions: &str, dialect: Dialect) -> String {
     let same_key = match dialect {
         Dialect::Sqlite => "behind.key = unfinished.key",
         Dialect::Postgres => {
@@ -187,7 +192,7 @@ fn letters(table: &str, conditions: &str, dialect: Dialect) -> String {
              (SELECT count(*) FROM unfinished AS behind
               WHERE behind.handler = unfinished.handler AND {same_key}
                 AND behind.state = 'parked' AND behind.position > unfinished.position)
-         FROM {table} WHERE state = 'dead'{conditions} ORDER BY handler, position LIMIT $1"
+         FROM {table} WHERE {conditions} ORDER BY handler, position LIMIT $1"
     )
 }
 
@@ -199,6 +204,15 @@ pub(in crate::store) fn list_letters(
 ) -> Filtered {
     let found = Conditions::dead_letters(filter, dialect, 1).behind(filter, after);
     (letters(table(filter, dialect), &found.text, dialect), found.values)
+}
+
+/// The rows of the handler `$2` at the positions `$3`, whatever their state; the first `$1` of them.
+pub(in crate::store) fn list_at(dialect: Dialect) -> String {
+    let among = match dialect {
+        Dialect::Sqlite => "handler = $2 AND position IN (SELECT value FROM json_each($3))",
+        Dialect::Postgres => "handler = $2 AND position = ANY($3)",
+    };
+    failed("unfinished", among, dialect)
 }
 
 /// The dead letters of the handler `$2` that are still to be published, the first `$1` of them.

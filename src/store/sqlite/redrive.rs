@@ -202,6 +202,20 @@ impl SqliteStore {
         self.rows(bind(query, values)?, letter).await
     }
 
+    pub(super) async fn list_at(
+        &self,
+        handler: &str,
+        positions: &[Position],
+    ) -> Result<Vec<DeadLetter>, StoreError> {
+        let values = vec![
+            Value::Text(clean(handler).into_owned()),
+            Value::Numbers(positions.iter().map(|position| row::signed(position.0)).collect()),
+        ];
+        let query = sqlx::query(AssertSqlSafe(condition::list_at(Dialect::Sqlite)))
+            .bind(row::signed(positions.len() as u64));
+        self.rows(bind(query, values)?, letter).await
+    }
+
     /// Counts what a filter asks for.
     pub(super) async fn count(&self, (sql, values): Filtered) -> Result<u64, StoreError> {
         let query = bind(sqlx::query(AssertSqlSafe(sql)), values)?;
@@ -452,6 +466,7 @@ mod tests {
                 condition::list_unpublished(Dialect::Sqlite),
                 "INDEX unfinished_unpublished (handler=?)",
             ),
+            (condition::list_at(Dialect::Sqlite), "PRIMARY KEY (handler=? AND position=?)"),
             (REDRIVEN.to_owned(), "u USING INDEX unfinished_redriven (handler=?)"),
             (REDRIVEN_QUARANTINE.to_owned(), "q USING COVERING INDEX quarantine_redriven"),
             (format!("{REDRIVES} WHERE number = ?"), "COVERING INDEX unfinished_redrive"),

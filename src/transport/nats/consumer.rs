@@ -255,7 +255,7 @@ impl Flow {
         let expected = room.messages.min(generation.pull.arrived.len());
         let mut messages: Vec<Message> = Vec::with_capacity(expected);
         let mut acks = Vec::with_capacity(expected);
-        let (mut bytes, mut redelivered) = (0, 0);
+        let (mut bytes, mut redelivered, mut pending) = (0, 0, None);
         while messages.len() < room.messages
             && bytes < room.bytes
             && let Some((_, token)) = generation.pull.arrived.front()
@@ -288,6 +288,7 @@ impl Flow {
                 acks.push(reply.clone());
             }
             redelivered += usize::from(token.deliveries > 1);
+            pending = Some(token.pending);
             bytes += message.payload.len();
             messages.push(self.intake.delivered(message, token));
         }
@@ -295,6 +296,10 @@ impl Flow {
             return None;
         }
         generation.progress = Instant::now();
+        if let Some(pending) = pending {
+            // What has arrived here already has been delivered.
+            self.reporter.pending(pending);
+        }
         Some(self.hand_over(generation, messages, acks, redelivered))
     }
 
@@ -367,6 +372,7 @@ impl Flow {
                 let Some(info) = info? else {
                     return Err(Fault::Away("the consumer was deleted".to_owned()));
                 };
+                self.reporter.pending(info.num_pending);
                 let max = generation.max_ack_pending;
                 let full = max > 0 && info.num_ack_pending >= max.unsigned_abs();
                 if info.num_pending > 0 && !full {

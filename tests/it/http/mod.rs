@@ -7,6 +7,7 @@ mod read;
 mod redrive;
 mod status;
 mod stream;
+mod stuck;
 
 use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
 

@@ -191,7 +191,7 @@ fn samples(text: &str) -> std::collections::BTreeMap<String, f64> {
         }
         let (series, value) = line.rsplit_once(' ').unwrap_or_else(|| panic!("{line}"));
         let name = series.split('{').next().unwrap();
-        let family = ["_total", "_bucket", "_sum", "_count"]
+        let family = ["_total", "_bucket", "_sum", "_count", "_info"]
             .iter()
             .find_map(|suffix| name.strip_suffix(suffix).filter(|name| types.contains(*name)))
             .unwrap_or(name);
@@ -220,25 +220,25 @@ async fn metrics_are_openmetrics_and_count() {
             "application/openmetrics-text; version=1.0.0; charset=utf-8"
         );
         let text = answer.text().await.unwrap();
-        let lag = samples(&text).get("pulsebus_handler_lag{handler=\"told\"}") == Some(&0.0);
+        let lag = samples(&text).get("pulsebus_handler_lag_events{handler=\"told\"}") == Some(&0.0);
         lag.then_some(text)
     })
     .await;
     let samples = samples(&text);
     for (series, wanted) in [
-        ("pulsebus_received_total{source=\"http\"}", 6.0),
-        ("pulsebus_stored_total{source=\"http\"}", 4.0),
-        ("pulsebus_duplicates_total{source=\"http\"}", 1.0),
-        ("pulsebus_quarantined_total{source=\"http\"}", 1.0),
-        ("pulsebus_redelivered_total{source=\"http\"}", 0.0),
+        ("pulsebus_source_received_total{source=\"http\"}", 6.0),
+        ("pulsebus_source_stored_total{source=\"http\"}", 4.0),
+        ("pulsebus_source_duplicates_total{source=\"http\"}", 1.0),
+        ("pulsebus_source_quarantined_total{source=\"http\"}", 1.0),
+        ("pulsebus_source_redelivered_total{source=\"http\"}", 0.0),
         ("pulsebus_source_up{source=\"http\"}", 1.0),
-        ("pulsebus_head_position", 4.0),
-        ("pulsebus_handled_total{handler=\"told\",outcome=\"done\"}", 4.0),
+        ("pulsebus_log_head_position", 4.0),
+        ("pulsebus_handler_outcomes_total{handler=\"told\",outcome=\"done\"}", 4.0),
         ("pulsebus_handler_up{handler=\"told\"}", 1.0),
-        ("pulsebus_commit_failures_total", 0.0),
+        ("pulsebus_log_commit_failures_total", 0.0),
     ] {
         assert_eq!(samples.get(series), Some(&wanted), "{series} in\n{text}");
     }
-    assert!(samples["pulsebus_commit_seconds_count"] >= 2.0, "{text}");
-    assert!(samples["pulsebus_received_bytes_total{source=\"http\"}"] > 100.0, "{text}");
+    assert!(samples["pulsebus_log_commit_seconds_count"] >= 2.0, "{text}");
+    assert!(samples["pulsebus_source_received_bytes_total{source=\"http\"}"] > 100.0, "{text}");
 }

@@ -7,8 +7,8 @@ use bytes::Bytes;
 use pulsebus::{
     event::{Position, StoredEvent},
     store::{
-        Batch, EventStore, Extent, Limit, ProgressStore, QuarantineEntry, Query, Removal, Removed,
-        StoreError,
+        Batch, Connections, EventStore, Extent, Limit, ProgressStore, QuarantineEntry, Query,
+        Removal, Removed, StoreError,
         progress::{
             AuditEntry, Checkpoint, Claim, Claimed, DeadLetter, DeadLetterFilter, Epoch,
             NewRedrive, QuarantineFilter, Redrive, Redriven, RedrivenEntry, SettledEntry,
@@ -150,6 +150,10 @@ impl EventStore for Faulty {
         self.store.appended_elsewhere(seen).await;
     }
 
+    fn connections(&self) -> Option<Connections> {
+        self.store.connections()
+    }
+
     // The store goes on without this one.
     async fn close(&self) {}
 }
@@ -223,6 +227,14 @@ impl ProgressStore for Faulty {
         limit: usize,
     ) -> Result<Vec<DeadLetter>, StoreError> {
         self.call("dead_letters", self.store.dead_letters(filter, after, limit)).await
+    }
+
+    async fn unfinished_at(
+        &self,
+        handler: &str,
+        positions: &[Position],
+    ) -> Result<Vec<DeadLetter>, StoreError> {
+        self.call("unfinished_at", self.store.unfinished_at(handler, positions)).await
     }
 
     async fn count_dead_letters(&self, filter: &DeadLetterFilter) -> Result<u64, StoreError> {
