@@ -68,6 +68,8 @@ pub(super) async fn examine(
         }
     };
     let settings = learn::queue(connection, &source.queue, timeout).await?;
+    // One that is deleted with its last consumer is given none, not even one that is refused.
+    let kept = !matches!(&settings, Known::Seen(settings) if settings.auto_delete);
     let single = match &settings {
         Known::Seen(settings) => {
             queue::judge(found, settings, &source, asked.competing);
@@ -112,7 +114,9 @@ pub(super) async fn examine(
         asked.competing,
         single,
     );
-    consuming(found, connection, name, timeout).await?;
+    if kept {
+        consuming(found, connection, name, timeout).await?;
+    }
     for binding in source.create.iter().flat_map(|create| &create.bind) {
         bound(found, connection, &source.queue, binding, timeout).await?;
     }
