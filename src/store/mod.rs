@@ -170,11 +170,11 @@ pub struct Connections {
 }
 
 impl Connections {
-    /// Those of a pool.
-    pub(crate) fn of<DB: sqlx::Database>(pool: &sqlx::Pool<DB>) -> Self {
-        let open = pool.size();
-        let idle = u32::try_from(pool.num_idle()).unwrap_or(open).min(open);
-        Self { used: open - idle, idle, max: pool.options().get_max_connections() }
+    /// Those of a pool that has so many open, of which so many are free: counted one after the
+    /// other, so these may not fit.
+    pub(crate) fn of(open: u32, idle: usize, max: u32) -> Self {
+        let idle = u32::try_from(idle).unwrap_or(open).min(open);
+        Self { used: open - idle, idle, max }
     }
 }
 

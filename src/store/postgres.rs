@@ -794,7 +794,8 @@ impl EventStore for PostgresStore {
 
     /// Beside these it has one that appends, and one that listens.
     fn connections(&self) -> Option<Connections> {
-        Some(Connections::of(&self.readers))
+        let pool = &self.readers;
+        Some(Connections::of(pool.size(), pool.num_idle(), pool.options().get_max_connections()))
     }
 
     async fn close(&self) {

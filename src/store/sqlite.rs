@@ -331,7 +331,11 @@ impl EventStore for SqliteStore {
     }
 
     fn connections(&self) -> Option<Connections> {
-        let (readers, writer) = (Connections::of(&self.readers), Connections::of(&self.writer));
+        let of = |pool: &SqlitePool| {
+            let max = pool.options().get_max_connections();
+            Connections::of(pool.size(), pool.num_idle(), max)
+        };
+        let (readers, writer) = (of(&self.readers), of(&self.writer));
         Some(Connections {
             used: readers.used + writer.used,
             idle: readers.idle + writer.idle,

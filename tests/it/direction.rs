@@ -56,6 +56,7 @@ const EDGES: &[(&str, &str, &str)] = &[
     ("api", "handler", "the search handler answers queries"),
     ("api", "secret", "the token"),
     ("api", "tls", "its certificate"),
+    ("api", "telemetry", "requests are counted, and the metrics written"),
     ("api", "store", "the log is read, and its errors become problems"),
     ("api", "transport", "posted events go through the http transport"),
     ("doctor", "finding", "what it says"),
