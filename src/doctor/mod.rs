@@ -5,13 +5,20 @@
 //! queue or exchange is made, and what is tried for real (publishing, consuming) leaves nothing
 //! behind.
 //!
-//! * `system`: this machine: descriptors, clock, disk, folders.
+//! * `system`: this machine: descriptors, memory, clock; `disk`: file systems; `files`: folders
+//!   and secrets.
 //! * `store`: the event log's database.
 //! * `brokers`: sources and destinations, through the transports.
-//! * `targets`: webhooks, search indexes, a running daemon.
+//! * `targets`: webhooks, search indexes.
+//! * [`daemon`]: a running daemon, from its answers: whoever asks [`examine`] for the rest may
+//!   have asked it.
 
 mod brokers;
-mod store;
+pub mod daemon;
+pub(crate) mod disk;
+mod files;
+pub(crate) mod finding;
+pub(crate) mod store;
 mod system;
 mod targets;
 
@@ -71,13 +78,14 @@ pub struct Report {
 }
 
 impl Report {
-    /// Notes that a subject was looked at, and what was found.
+    /// Notes that a subject was looked at, and what was found; the worst stays first.
     pub fn add(&mut self, subject: impl Into<String>, findings: Vec<Finding>) {
         let subject = subject.into();
         if !self.examined.contains(&subject) {
             self.examined.push(subject);
         }
         self.findings.extend(findings);
+        self.findings.sort_by_key(|finding| std::cmp::Reverse(finding.severity));
     }
 
     /// The worst there is; `None` where nothing was found.

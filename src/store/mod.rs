@@ -38,6 +38,7 @@ pub mod postgres;
 pub mod progress;
 mod row;
 mod same;
+pub(crate) mod schema;
 pub mod sqlite;
 mod tail;
 
