@@ -222,7 +222,10 @@ impl Client {
             let base = self.base.to_string();
             match tls::explain_with(error, "--ca-file") {
                 Some(reason) => RequestError::Tls { base, reason },
-                None => RequestError::Away { base, reason: innermost(error) },
+                None => {
+                    let reached = !error.is_connect();
+                    RequestError::Away { base, reason: innermost(error), reached }
+                }
             }
         };
         let response = request.send().await.map_err(|error| away(&error))?;
@@ -250,6 +253,8 @@ pub(super) enum RequestError {
         base: String,
         /// Why.
         reason: String,
+        /// Whether somebody took the connection.
+        reached: bool,
     },
     /// It cannot be trusted, or does not trust us.
     #[error("no connection to {base}: {reason}")]

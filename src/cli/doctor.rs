@@ -95,6 +95,7 @@ async fn answers(settings: &Settings, tls: &TlsOptions) -> Result<Answers, Daemo
         Client::of(settings, tls).map_err(|error| Daemon::Refused(format!("{error:#}")))?;
     let get = async |path: &[&str], query: &[(&str, String)]| {
         client.answer(path, query).await.map_err(|error| match &error {
+            RequestError::Away { reason, reached: true, .. } => Daemon::Strange(reason.clone()),
             RequestError::Away { reason, .. } => Daemon::Absent(reason.clone()),
             RequestError::Tls { reason, .. } => Daemon::Untrusted(reason.clone()),
             RequestError::Refused { .. } => Daemon::Refused(error.to_string()),

@@ -97,8 +97,11 @@ pub(crate) fn log(head: i64, last: Option<i64>, beyond: Option<&str>) -> Vec<Fin
             format!("the log ends at {head}, and cursors are beyond that: {beyond}"),
             "the log has lost its end, or is another one: these handlers do not run, since they \
              would skip what is written there next",
-            "restore what is missing; or accept the loss: pulsebus handlers rewind NAME \
-             --position N, with N the first event that is to be handled again",
+            format!(
+                "restore what is missing; or accept the loss, with the daemon stopped: UPDATE \
+                 cursors SET position = {head} WHERE position > {head}; and remove the index of a \
+                 search handler that is among them"
+            ),
         ));
     }
     findings

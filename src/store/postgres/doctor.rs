@@ -29,7 +29,8 @@ use crate::{
 /// How long all of it may take; a server that does not answer is a finding.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// What a server says about itself, in a row.
+/// What a server says about itself, in a row. Of other roles' sessions much is hidden, their
+/// kind among it; those with a role are clients, unless it says otherwise.
 const FACTS: &str = "
     SELECT current_setting('server_version_num')::int4, current_setting('server_version'),
         current_setting('fsync'), current_setting('full_page_writes'),
@@ -46,7 +47,8 @@ const FACTS: &str = "
         current_setting('max_connections')::int8,
         current_setting('superuser_reserved_connections')::int8
             + coalesce(current_setting('reserved_connections', true)::int8, 0),
-        (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'),
+        (SELECT count(*) FROM pg_stat_activity WHERE usesysid IS NOT NULL
+             AND coalesce(backend_type, 'client backend') = 'client backend'),
         (SELECT count(*) FROM pg_stat_activity WHERE application_name = 'pulsebus'
              AND datname = current_database() AND pid <> pg_backend_pid()),
         (SELECT count(*) FROM pg_stat_replication),

@@ -329,7 +329,7 @@ mod tests {
 
     /// Runs a statement, as a person with another program would.
     async fn execute(path: &Path, sql: &'static str) {
-        let options = SqliteConnectOptions::new().filename(path);
+        let options = SqliteConnectOptions::new().filename(path).create_if_missing(true);
         let mut connection = options.connect().await.unwrap();
         sqlx::raw_sql(sql).execute(&mut connection).await.unwrap();
         connection.close().await.unwrap();

@@ -270,4 +270,17 @@ mod tests {
         assert_eq!(settings("https://crm.example/x", false, true).await, unsigned);
         assert_eq!(settings("https://u:p@crm.example/x", false, false).await, unsigned);
     }
+    /// `check` refuses these; in a file they may be what it became later.
+    #[tokio::test]
+    async fn what_cannot_be_used_is_told_and_not_dialled() {
+        let url = Secret::Inline("http://127.0.0.1:1/".to_owned());
+        let options = WebhookOptions { refuse_private: true, ..WebhookOptions::new(url) };
+        let found = examine("transport:x", &options).await;
+        assert_eq!((found.len(), found[0].check), (1, "webhook-private"));
+        let options = WebhookOptions { refuse_private: false, ..options };
+        assert_eq!(examine("transport:x", &options).await[0].check, "webhook-connect");
+        let secret = Some(Secret::Inline("whsec_c2hvcnQ=".to_owned()));
+        let found = examine("transport:x", &WebhookOptions { secret, ..options }).await;
+        assert_eq!((found.len(), found[0].check), (1, "webhook-settings"));
+    }
 }
