@@ -25,6 +25,7 @@ mod corpus;
 mod credentials;
 mod direction;
 mod dispatch;
+mod doctor_machine;
 mod e2e;
 mod failing;
 mod failing_daemon;
