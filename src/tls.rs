@@ -267,6 +267,12 @@ pub fn hung_up(error: &(dyn Error + 'static), options: &TlsOptions) -> Option<&'
                 "the server may want a client certificate: set tls.cert_file and tls.key_file"
             });
         }
+        // An `io::Error` hides what it was made of from `source`.
+        if let Some(inner) = error.downcast_ref::<std::io::Error>().and_then(|e| e.get_ref())
+            && let Some(found) = hung_up(inner, options)
+        {
+            return Some(found);
+        }
         next = error.source();
     }
 }

@@ -27,6 +27,8 @@ pub(super) async fn healthz() -> &'static str {
 pub(super) struct Readiness {
     ready: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
+    version: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     components: Option<Vec<Component>>,
 }
 
@@ -47,7 +49,8 @@ pub(super) fn readiness(
 ) -> (StatusCode, Json<Readiness>) {
     let ready = components.iter().all(|component| component.health != Health::NotReady);
     let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (status, Json(Readiness { ready, components: in_detail.then_some(components) }))
+    let version = in_detail.then_some(env!("CARGO_PKG_VERSION"));
+    (status, Json(Readiness { ready, version, components: in_detail.then_some(components) }))
 }
 
 /// In the format that is asked for: OpenMetrics where both would do.

@@ -100,6 +100,11 @@ pub(super) struct Client {
 }
 
 impl Client {
+    /// For the daemon of this configuration.
+    pub(super) fn of(settings: &Settings, tls: &TlsOptions) -> anyhow::Result<Self> {
+        Self::new(daemon_url(settings)?, settings.http.token.as_ref(), tls)
+    }
+
     fn new(base: Url, token: Option<&Secret>, tls: &TlsOptions) -> anyhow::Result<Self> {
         if !matches!(base.scheme(), "http" | "https") {
             bail!("--url {base} is not understood: write it as in http://127.0.0.1:8077");
@@ -136,6 +141,17 @@ impl Client {
         query: &[(&str, String)],
     ) -> Result<T, RequestError> {
         self.send(Method::GET, self.url(path, query), None).await
+    }
+
+    /// Gets whatever JSON is answered, with its status, whether that is a success or not.
+    pub(super) async fn answer(
+        &self,
+        path: &[&str],
+        query: &[(&str, String)],
+    ) -> Result<(StatusCode, serde_json::Value), RequestError> {
+        let (status, bytes) = self.exchange(Method::GET, self.url(path, query), None).await?;
+        let value = serde_json::from_slice(&bytes).map_err(|error| self.strange(error))?;
+        Ok((status, value))
     }
 
     /// Posts a body, gets JSON.
@@ -177,7 +193,25 @@ impl Client {
         url: Url,
         body: Option<(&'static str, Vec<u8>)>,
     ) -> Result<T, RequestError> {
-        let mut request = self.http.request(method, url.clone());
+        let (status, bytes) = self.exchange(method, url.clone(), body).await?;
+        if !status.is_success() {
+            return Err(RequestError::Refused {
+                status,
+                problem: problem(&bytes),
+                path: url.path().to_owned(),
+            });
+        }
+        serde_json::from_slice(&bytes).map_err(|error| self.strange(error))
+    }
+
+    /// Status and body, whatever they are.
+    async fn exchange(
+        &self,
+        method: Method,
+        url: Url,
+        body: Option<(&'static str, Vec<u8>)>,
+    ) -> Result<(StatusCode, bytes::Bytes), RequestError> {
+        let mut request = self.http.request(method, url);
         if let Some(token) = &self.token {
             request = request.header(AUTHORIZATION, token.clone());
         }
@@ -188,20 +222,16 @@ impl Client {
             let base = self.base.to_string();
             match tls::explain_with(error, "--ca-file") {
                 Some(reason) => RequestError::Tls { base, reason },
-                None => RequestError::Away { base, reason: innermost(error) },
+                None => {
+                    let reached = !error.is_connect();
+                    RequestError::Away { base, reason: innermost(error), reached }
+                }
             }
         };
         let response = request.send().await.map_err(|error| away(&error))?;
         let status = response.status();
         let bytes = response.bytes().await.map_err(|error| away(&error))?;
-        if !status.is_success() {
-            return Err(RequestError::Refused {
-                status,
-                problem: problem(&bytes),
-                path: url.path().to_owned(),
-            });
-        }
-        serde_json::from_slice(&bytes).map_err(|error| self.strange(error))
+        Ok((status, bytes))
     }
 
     /// The daemon's answer is not understood.
@@ -223,6 +253,8 @@ pub(super) enum RequestError {
         base: String,
         /// Why.
         reason: String,
+        /// Whether somebody took the connection.
+        reached: bool,
     },
     /// It cannot be trusted, or does not trust us.
     #[error("no connection to {base}: {reason}")]

@@ -52,6 +52,7 @@ pub mod progress;
 mod retain;
 mod row;
 mod same;
+pub(crate) mod schema;
 pub mod sqlite;
 mod tail;
 

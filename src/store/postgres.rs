@@ -9,6 +9,7 @@
 //! Read and write the primary only. Durability is the server's: `synchronous_commit` is switched
 //! on where it is off, but only synchronous replication survives the loss of the primary.
 
+pub(crate) mod doctor;
 mod error;
 mod progress;
 mod redrive;
@@ -556,7 +557,10 @@ async fn prepare_session(connection: &mut PgConnection) -> Result<(), sqlx::Erro
     sqlx::raw_sql(sql::SESSION).execute(connection).await.map(drop)
 }
 
-async fn migrate(connection: &mut PgConnection, place: &str) -> Result<(), StoreError> {
+/// The table that says which of [`migrator`]'s steps a database has.
+const MIGRATIONS: &str = "pulsebus_migrations";
+
+fn migrator() -> Migrator {
     let migration = |version, name: &'static str, sql: &'static str| {
         Migration::new(version, name.into(), MigrationType::Simple, sql.into_sql_str(), false)
     };
@@ -566,8 +570,12 @@ async fn migrate(connection: &mut PgConnection, place: &str) -> Result<(), Store
         migration(3, "progress", include_str!("migrations/postgres/0003_progress.sql")),
         migration(4, "retain", include_str!("migrations/postgres/0004_retain.sql")),
     ]);
-    migrator.dangerous_set_table_name("pulsebus_migrations");
-    migrator.run_direct(None, connection, false).await.map_err(|error| match error {
+    migrator.dangerous_set_table_name(MIGRATIONS);
+    migrator
+}
+
+async fn migrate(connection: &mut PgConnection, place: &str) -> Result<(), StoreError> {
+    migrator().run_direct(None, connection, false).await.map_err(|error| match error {
         MigrateError::VersionMissing(version) => StoreError::misconfigured(format_args!(
             "{place} has schema version {version}, which this pulsebus does not know: run the \
              newer version that made it, or choose another database"

@@ -4,6 +4,7 @@
 //! is on the disk when it returns, as far as the disk tells the truth.
 
 mod append;
+pub(crate) mod doctor;
 mod error;
 mod migrate;
 mod progress;

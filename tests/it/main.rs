@@ -26,6 +26,7 @@ mod credentials;
 mod direction;
 mod dispatch;
 mod doctor_brokers;
+mod doctor_machine;
 mod e2e;
 mod failing;
 mod failing_daemon;

@@ -27,7 +27,8 @@ use crate::event::Position;
 pub(super) const INDEX: &str = "index";
 /// What is being removed; left behind by a crash, the next start removes it.
 pub(super) const STALE: &str = "stale";
-const LOCK: &str = "lock";
+/// Held by whoever has the index open.
+pub(super) const LOCK: &str = "lock";
 
 /// Turns a folder into a directory; tests put faults in between.
 pub(super) type OpenDirectory = dyn Fn(&Path) -> Result<Box<dyn Directory>, OpenDirectoryError>;
@@ -64,8 +65,13 @@ impl Payload {
             .map_err(|error| TantivyError::InternalError(format!("commit payload: {error}")))
     }
 
-    fn from_json(json: &str) -> Option<Self> {
+    pub(super) fn from_json(json: &str) -> Option<Self> {
         serde_json::from_str(json).ok()
+    }
+
+    /// Whether it was built for this mapping.
+    pub(super) fn fits(&self, mapping: &Mapping) -> bool {
+        self.mapping == mapping.fingerprint
     }
 }
 
@@ -179,7 +185,7 @@ fn look(
     let Some(payload) = metas.payload.as_deref().and_then(Payload::from_json) else {
         return rebuild("it does not say how far it is".into());
     };
-    if payload.mapping != mapping.fingerprint || metas.schema != mapping.schema {
+    if !payload.fits(mapping) || metas.schema != mapping.schema {
         return rebuild("the configured documents or their language have changed".into());
     }
     let written = index.directory().list_managed_files();

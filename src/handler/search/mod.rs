@@ -23,6 +23,7 @@
 //! first event of the log; only another process that holds it, or the machine itself, keeps a
 //! handler from opening.
 
+pub(crate) mod doctor;
 mod index;
 mod mapping;
 mod query;

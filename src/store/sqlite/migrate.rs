@@ -26,10 +26,10 @@ pub(super) fn check_version(version: &str) -> Result<(), StoreError> {
     Ok(())
 }
 
-pub(super) async fn migrate(
-    connection: &mut SqliteConnection,
-    file: &Path,
-) -> Result<(), StoreError> {
+/// The table that says which of [`migrator`]'s steps a file has.
+pub(super) const MIGRATIONS: &str = "pulsebus_migrations";
+
+pub(super) fn migrator() -> Migrator {
     let migration = |version, name: &'static str, sql: &'static str| {
         Migration::new(version, name.into(), MigrationType::Simple, sql.into_sql_str(), false)
     };
@@ -39,7 +39,15 @@ pub(super) async fn migrate(
         migration(3, "progress", include_str!("../migrations/sqlite/0003_progress.sql")),
         migration(4, "retain", include_str!("../migrations/sqlite/0004_retain.sql")),
     ]);
-    migrator.dangerous_set_table_name("pulsebus_migrations");
+    migrator.dangerous_set_table_name(MIGRATIONS);
+    migrator
+}
+
+pub(super) async fn migrate(
+    connection: &mut SqliteConnection,
+    file: &Path,
+) -> Result<(), StoreError> {
+    let migrator = migrator();
     let mut tries = 0;
     loop {
         tries += 1;

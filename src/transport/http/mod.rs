@@ -6,6 +6,7 @@
 
 mod answer;
 mod dial;
+pub(crate) mod doctor;
 mod headers;
 mod ingress;
 mod live;

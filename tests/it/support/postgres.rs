@@ -95,6 +95,11 @@ impl PostgresServer {
         server
     }
 
+    /// One with further settings, `name=value`, on its command line.
+    pub async fn start_set(settings: &[&str]) -> Self {
+        Self::start_with(|_| settings.iter().map(|&setting| setting.to_owned()).collect()).await
+    }
+
     async fn start_with(prepare: impl FnOnce(&Path) -> Vec<String>) -> Self {
         let template = template().await;
         let folder = process::folder("postgres");

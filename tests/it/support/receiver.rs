@@ -24,6 +24,7 @@ use tokio_rustls::TlsAcceptor;
 #[derive(Debug, Clone)]
 pub(crate) struct Seen {
     pub(crate) at: Instant,
+    pub(crate) method: String,
     pub(crate) path: String,
     headers: Vec<(String, String)>,
     pub(crate) body: String,
@@ -214,14 +215,18 @@ async fn request(
         }
     }
     let mut words = head[0].split(' ');
-    assert_eq!(words.next(), Some("POST"));
+    let method = words.next().unwrap().to_owned();
+    assert!(["POST", "HEAD"].contains(&&*method), "{method}");
     let path = words.next().unwrap().to_owned();
     let headers: Vec<(String, String)> = head[1..]
         .iter()
         .map(|line| line.split_once(": ").unwrap())
         .map(|(name, value)| (name.to_owned(), value.to_owned()))
         .collect();
-    let mut seen = Seen { at: Instant::now(), path, headers, body: String::new() };
+    let mut seen = Seen { at: Instant::now(), method, path, headers, body: String::new() };
+    if seen.method == "HEAD" {
+        return Ok(Some(seen));
+    }
     let length = seen.header("content-length").unwrap().parse().unwrap();
     let mut body = vec![0; length];
     stream.read_exact(&mut body).await?;
