@@ -16,10 +16,10 @@ use tokio::{sync::watch, time::MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    event::{Decoder, DecoderOptions, Message},
+    event::{Decoder, DecoderOptions, Message, Position},
     retry::RetryPolicy,
     store::{Append, Entry, Log, LogHealth, StoreError, Ticket},
-    telemetry::{Metrics, SourceLabels},
+    telemetry::{Arrivals, Metrics, SourceLabels},
     transport::{
         Consumer, Deliveries, Receipt, Reporter, Room, Settle, Settlement, SourceSpec, SourceState,
         Transport, TransportError,
@@ -158,6 +158,7 @@ struct Held {
     messages: usize,
     bytes: usize,
     keep_alive_at: Option<Instant>,
+    arrivals: Arrivals,
 }
 
 /// Messages taken in one go at most: what a commit takes.
@@ -228,24 +229,41 @@ impl Ingest {
         let Deliveries { messages, mark, redelivered, settle } = deliveries;
         let count = messages.len();
         let bytes = messages.iter().map(|m| m.body.len() + m.headers.weight()).sum();
-        let entries = messages.into_iter().map(|message| self.decode(message)).collect();
+        let mut arrivals = Arrivals::begin();
+        let entries: Vec<Entry> = messages
+            .into_iter()
+            .enumerate()
+            .map(|(at, message)| self.decode(at, message, &mut arrivals))
+            .collect();
         self.counters.taken(count, bytes, redelivered);
         let mark = mark.map(|mark| (Arc::clone(&self.name), mark));
+        arrivals.appending();
         let ticket = self.log.submit(Append { entries, mark });
         self.held_messages += count;
         self.held_bytes += bytes;
         let keep_alive_at = settle.patience().map(|patience| Instant::now() + patience);
-        self.held.push_back(Held { ticket, settle, messages: count, bytes, keep_alive_at });
+        self.held.push_back(Held {
+            ticket,
+            settle,
+            messages: count,
+            bytes,
+            keep_alive_at,
+            arrivals,
+        });
     }
 
-    fn decode(&mut self, message: Message) -> Entry {
+    fn decode(&mut self, at: usize, message: Message, arrivals: &mut Arrivals) -> Entry {
         match self.decoder.decode(message) {
-            Ok(event) => Entry::Event(event),
+            Ok(mut event) => {
+                arrivals.add(at, &mut event);
+                Entry::Event(event)
+            }
             Err(not_an_event) => Entry::Quarantine(not_an_event.into()),
         }
     }
 
     async fn settle(&mut self, held: Held, receipts: Vec<Receipt>) {
+        let appended = held.arrivals.appended(|at| position_of(receipts.get(at)));
         self.counters.committed(&self.name, &receipts);
         if !self.warned && self.decoder.ids_made() > 0 {
             self.warned = true;
@@ -256,6 +274,7 @@ impl Ingest {
             );
         }
         held.settle.settle(receipts.into_iter().map(Settlement::Ack).collect()).await;
+        appended.end();
     }
 
     async fn keep_alive(&mut self) {
@@ -266,6 +285,15 @@ impl Ingest {
                 held.keep_alive_at = held.settle.patience().map(|patience| now + patience);
             }
         }
+    }
+}
+
+/// What a span says of where an event is now: its position, and whether it was there before.
+pub(crate) fn position_of(receipt: Option<&Receipt>) -> Option<(Position, bool)> {
+    match receipt {
+        Some(Receipt::Stored(position)) => Some((*position, false)),
+        Some(Receipt::Duplicate(position)) => Some((*position, true)),
+        Some(Receipt::Quarantined { .. }) | None => None,
     }
 }
 

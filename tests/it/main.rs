@@ -37,12 +37,15 @@ mod memory;
 mod model;
 mod nats;
 mod publish_safety;
+mod quiet_log;
 mod readme;
 mod rebuild;
 mod redrive;
 mod store;
 mod support;
 mod tls;
+#[cfg(feature = "otlp")]
+mod tracing;
 mod turns;
 mod webhook;
 mod webhook_daemon;

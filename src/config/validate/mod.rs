@@ -3,6 +3,7 @@
 mod handlers;
 mod server;
 mod sources;
+mod telemetry;
 mod transports;
 
 use std::{
@@ -43,6 +44,7 @@ impl Check<'_> {
         let http = self.http(raw.http.as_ref());
         let store = self.store(raw.store.as_ref(), &data_dir);
         let log = self.log(raw.log.as_ref());
+        let otlp = self.otlp(raw.telemetry.as_ref());
         let shutdown_timeout =
             self.span(&["shutdown_timeout"], raw.shutdown_timeout, Duration::from_secs(25));
         let transports = self.transports(raw.transports.as_ref());
@@ -55,6 +57,7 @@ impl Check<'_> {
             limits,
             shutdown_timeout,
             log,
+            otlp,
             transports,
             sources,
             handlers,

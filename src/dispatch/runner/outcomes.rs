@@ -10,6 +10,7 @@ use crate::{
         outage::Outage,
         worker::{Pace, Report},
     },
+    event::{Event, TraceContext},
     handler::{HandlerError, Outcome},
     store::progress::{Failure, Unfinished},
 };
@@ -115,6 +116,7 @@ impl Runner {
             id = item.event.id(),
             key = item.event.key(),
             attempts,
+            trace_id = trace_id(&item.event),
             %error,
             ?delay,
             "attempt failed"
@@ -134,6 +136,7 @@ impl Runner {
             kind = event.kind(),
             key = event.key(),
             attempts = item.track.attempts,
+            trace_id = trace_id(event),
             %error,
             "dead letter"
         );
@@ -168,6 +171,11 @@ impl Runner {
             outage.postpone(after.map(|after| after.min(MAX_DELAY)));
         }
     }
+}
+
+/// The trace an event is in, for lines of the log.
+fn trace_id(event: &Event) -> Option<String> {
+    TraceContext::of(event).map(|context| format!("{:032x}", context.trace_id()))
 }
 
 /// Counts a failed attempt, and writes down why.
