@@ -110,6 +110,7 @@ impl Recorder {
     }
 
     /// How many have been dropped so far.
+    #[cfg_attr(not(feature = "otlp"), expect(dead_code, reason = "nothing exports"))]
     pub(crate) fn dropped(&self) -> u64 {
         self.dropped.load(Ordering::Relaxed)
     }
