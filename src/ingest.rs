@@ -20,10 +20,10 @@ use tokio_util::sync::CancellationToken;
 
 use self::counters::Counters;
 use crate::{
-    event::{Decoder, DecoderOptions, Message},
+    event::{Decoder, DecoderOptions, Message, Position},
     retry::RetryPolicy,
     store::{Append, Entry, Log, LogHealth, StoreError, Ticket},
-    telemetry::Metrics,
+    telemetry::{Arrivals, Metrics},
     transport::{
         Consumer, Deliveries, Receipt, Reporter, Room, Settle, Settlement, SourceSpec, SourceState,
         Transport, TransportError,
@@ -167,6 +167,7 @@ struct Held {
     taken_at: OffsetDateTime,
     /// The publisher's time of the first event that has one.
     published_at: Option<OffsetDateTime>,
+    arrivals: Arrivals,
 }
 
 /// Messages taken in one go at most: what a commit takes.
@@ -237,7 +238,12 @@ impl Ingest {
         let Deliveries { messages, mark, redelivered, settle } = deliveries;
         let count = messages.len();
         let bytes = messages.iter().map(|m| m.body.len() + m.headers.weight()).sum();
-        let entries: Vec<_> = messages.into_iter().map(|message| self.decode(message)).collect();
+        let mut arrivals = Arrivals::begin();
+        let entries: Vec<Entry> = messages
+            .into_iter()
+            .enumerate()
+            .map(|(at, message)| self.decode(at, message, &mut arrivals))
+            .collect();
         let taken_at = crate::event::now();
         let published_at = entries.iter().find_map(|entry| match entry {
             Entry::Event(event) => event.time(),
@@ -245,6 +251,7 @@ impl Ingest {
         });
         self.counters.taken(count, bytes, redelivered, taken_at);
         let mark = mark.map(|mark| (Arc::clone(&self.name), mark));
+        arrivals.appending();
         let ticket = self.log.submit(Append { entries, mark });
         self.held_messages += count;
         self.held_bytes += bytes;
@@ -257,6 +264,7 @@ impl Ingest {
             keep_alive_at,
             taken_at,
             published_at,
+            arrivals,
         });
         self.say_what_is_held();
     }
@@ -266,15 +274,19 @@ impl Ingest {
         self.reporter.held_since(self.held.front().map(|oldest| oldest.taken_at));
     }
 
-    fn decode(&mut self, message: Message) -> Entry {
+    fn decode(&mut self, at: usize, message: Message, arrivals: &mut Arrivals) -> Entry {
         match self.decoder.decode(message) {
-            Ok(event) => Entry::Event(event),
+            Ok(mut event) => {
+                arrivals.add(at, &mut event);
+                Entry::Event(event)
+            }
             Err(not_an_event) => Entry::Quarantine(not_an_event.into()),
         }
     }
 
     async fn settle(&mut self, held: Held, receipts: Vec<Receipt>) {
         let committed_at = crate::event::now();
+        let appended = held.arrivals.appended(|at| position_of(receipts.get(at)));
         self.counters.committed(&self.name, &receipts);
         self.counters.took(held.taken_at, held.published_at, committed_at);
         self.say_what_is_held();
@@ -288,6 +300,7 @@ impl Ingest {
         }
         held.settle.settle(receipts.into_iter().map(Settlement::Ack).collect()).await;
         self.counters.settled(committed_at);
+        appended.end();
     }
 
     async fn keep_alive(&mut self) {
@@ -298,6 +311,15 @@ impl Ingest {
                 held.keep_alive_at = held.settle.patience().map(|patience| now + patience);
             }
         }
+    }
+}
+
+/// What a span says of where an event is now: its position, and whether it was there before.
+pub(crate) fn position_of(receipt: Option<&Receipt>) -> Option<(Position, bool)> {
+    match receipt {
+        Some(Receipt::Stored(position)) => Some((*position, false)),
+        Some(Receipt::Duplicate(position)) => Some((*position, true)),
+        Some(Receipt::Quarantined { .. }) | None => None,
     }
 }
 

@@ -48,7 +48,7 @@ use crate::{
     handler::EventHandler,
     ingest::{self, Source},
     store::{Append, Entry, EventStore, Log, LogHealth, StoreError},
-    telemetry::{Metrics, SourceLabels},
+    telemetry::{Arrivals, Metrics, SourceLabels},
     transport::{Receipt, Reporter},
 };
 
@@ -312,15 +312,23 @@ impl EventBus {
             max_event_bytes: self.inner.max_event_bytes,
             ..DecoderOptions::default()
         });
+        let mut arrivals = Arrivals::begin();
         let entries = messages
             .into_iter()
-            .map(|message| match decoder.decode(message) {
-                Ok(event) => Entry::Event(event),
+            .enumerate()
+            .map(|(at, message)| match decoder.decode(message) {
+                Ok(mut event) => {
+                    arrivals.add(at, &mut event);
+                    Entry::Event(event)
+                }
                 Err(not_an_event) => Entry::Quarantine(not_an_event.into()),
             })
             .collect();
+        arrivals.appending();
         let ticket = self.inner.log.submit(Append { entries, mark: None });
-        ticket.await.map_err(|_| EmitError::Closed)
+        let receipts = ticket.await.map_err(|_| EmitError::Closed)?;
+        arrivals.appended(|at| ingest::position_of(receipts.get(at))).end();
+        Ok(receipts)
     }
 
     /// Adds a source and starts consuming it. A source of the same name must not be running.

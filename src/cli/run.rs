@@ -102,6 +102,8 @@ async fn daemon(
     let stop = CancellationToken::new();
     let starting = Starting::default();
     let mut tasks = JoinSet::new();
+    #[cfg(feature = "otlp")]
+    let exporter = settings.otlp.as_ref().map(telemetry::export_spans).transpose()?;
     let mut front = None;
     if settings.http.enabled {
         // Before anything is consumed: a second daemon ends here.
@@ -167,6 +169,10 @@ async fn daemon(
             return Ok(ExitCode::from(DRAIN_DEADLINE));
         }
     };
+    #[cfg(feature = "otlp")]
+    if let Some(exporter) = exporter {
+        exporter.close(TO_EXPORT).await;
+    }
     Ok(match (drained, code) {
         (_, Some(code)) => code,
         (Ok(()), None) => {
@@ -201,6 +207,10 @@ fn server_ended(ended: &Result<io::Result<()>, JoinError>) -> ExitCode {
 
 /// What is kept of the time to stop for closing the store, and for writing the last answers.
 const TO_CLOSE: Duration = Duration::from_secs(3);
+
+/// How long the last spans may take on their way, after the drain.
+#[cfg(feature = "otlp")]
+const TO_EXPORT: Duration = Duration::from_secs(1);
 
 /// Drains within `limit`, all in all.
 async fn drain(

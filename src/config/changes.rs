@@ -30,6 +30,7 @@ impl Settings {
         waiting.when(moved, || "data_dir".to_owned());
         waiting.when(self.log.format != new.log.format, || "log.format".to_owned());
         waiting.store(&self.store, &new.store);
+        waiting.when(self.otlp != new.otlp, || "telemetry.otlp".to_owned());
         waiting.when(self.retain != new.retain, || "store.retain".to_owned());
         let http = waiting.http(&self.http, new.http);
         waiting.limits(self.limits, new.limits);
@@ -39,6 +40,7 @@ impl Settings {
             data_dir: self.data_dir.clone(),
             store: self.store.clone(),
             retain: self.retain,
+            otlp: self.otlp.clone(),
             http,
             limits: self.limits,
             shutdown_timeout: new.shutdown_timeout,

@@ -32,6 +32,8 @@ pub(super) struct RawConfig {
     pub(super) limits: Option<RawLimits>,
     /// The daemon's own log, on standard error.
     pub(super) log: Option<RawLog>,
+    /// Where traces go. Default: nowhere.
+    pub(super) telemetry: Option<RawTelemetry>,
     /// Brokers and webhooks, by a name of your own. `http` is built in: the ingest endpoint.
     pub(super) transports: Option<BTreeMap<String, RawTransport>>,
     /// What is consumed, by a name of your own. `http` is there unless switched off.
@@ -157,7 +159,8 @@ pub(super) struct RawLog {
     /// `info,pulsebus::dispatch=debug`.
     #[schemars(extend("default" = "info"))]
     pub(super) filter: Option<String>,
-    /// `auto` is text on a terminal and JSON otherwise.
+    /// `auto` is text on a terminal, the journal's own fields where standard error is the
+    /// journal's, and JSON otherwise.
     #[schemars(extend("default" = "auto"))]
     pub(super) format: Option<RawLogFormat>,
 }
@@ -170,6 +173,46 @@ pub(super) enum RawLogFormat {
     Auto,
     Text,
     Json,
+    Journald,
+}
+
+/// Where traces go.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[schemars(rename = "Telemetry")]
+pub(super) struct RawTelemetry {
+    /// An OpenTelemetry collector. Needs a binary with the cargo feature `otlp`.
+    pub(super) otlp: Option<RawOtlp>,
+}
+
+/// An OpenTelemetry collector, by OTLP over HTTP in protobuf.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[schemars(rename = "Otlp")]
+pub(super) struct RawOtlp {
+    /// Where spans are posted to, path and all: `http://host:4318/v1/traces`. Required.
+    pub(super) endpoint: Option<String>,
+    /// A private certificate authority (PEM), in addition to the system's.
+    pub(super) ca_file: Option<PathBuf>,
+    /// Headers of each request: `name=value,…`, as in `OTEL_EXPORTER_OTLP_HEADERS`.
+    pub(super) headers: Option<SecretText>,
+    /// A file that holds them. Credential: `telemetry.otlp.headers`.
+    pub(super) headers_file: Option<PathBuf>,
+    /// The share of traces that is sampled among those that begin here, 0 to 1. An event that
+    /// comes with a trace is sampled where its `traceparent` says so.
+    #[schemars(extend("default" = 1.0))]
+    pub(super) sample_ratio: Option<Ratio>,
+    /// How long a request may take.
+    #[schemars(extend("default" = "10s"))]
+    pub(super) timeout: Option<Span>,
+    /// Spans that may wait to be exported; further ones are dropped.
+    #[schemars(extend("default" = 8192))]
+    pub(super) queue: Option<usize>,
+    /// The resource's `service.name`.
+    #[schemars(extend("default" = "pulsebus"))]
+    pub(super) service_name: Option<String>,
+    /// Further attributes of the resource, by name.
+    pub(super) resource: Option<BTreeMap<String, String>>,
 }
 
 /// A broker or webhook.

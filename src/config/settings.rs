@@ -14,7 +14,7 @@ use crate::{
     event::DecoderOptions,
     handler::{forward::ForwardFormat, search::SearchOptions},
     secret::Secret,
-    telemetry::LogSettings,
+    telemetry::{LogSettings, OtlpSettings},
     tls::{ServerTlsOptions, TlsOptions},
     transport::{amqp::AmqpOptions, http::WebhookOptions, nats::NatsOptions},
 };
@@ -43,6 +43,8 @@ pub struct Settings {
     pub shutdown_timeout: Duration,
     /// The daemon's own log.
     pub log: LogSettings,
+    /// Where spans go. Default: nowhere.
+    pub otlp: Option<OtlpSettings>,
     /// Brokers and webhooks by name; [`INGEST`] is not among them.
     pub transports: BTreeMap<Arc<str>, TransportSettings>,
     /// What is consumed, by name. Each one's transport is in `transports`, or is [`INGEST`].

@@ -78,8 +78,29 @@ pub(super) fn show(settings: &Settings, tree: &Tree) -> String {
         LogFormat::Auto => "auto",
         LogFormat::Text => "text",
         LogFormat::Json => "json",
+        LogFormat::Journald => "journald",
     };
     page.line(&["log"], "format", format);
+
+    if let Some(otlp) = &settings.otlp {
+        let table = ["telemetry", "otlp"];
+        page.table(&table);
+        page.line(&table, "endpoint", otlp.endpoint.as_str());
+        page.some(&table, "ca_file", otlp.ca_file.as_deref().map(path));
+        page.secret(&table, "headers", otlp.headers.as_ref());
+        page.line(&table, "sample_ratio", otlp.sample_ratio);
+        page.line(&table, "timeout", span(otlp.timeout));
+        page.line(&table, "queue", count(otlp.queue));
+        page.line(&table, "service_name", otlp.service_name.as_str());
+        if !otlp.resource.is_empty() {
+            let resource: toml::Table = otlp
+                .resource
+                .iter()
+                .map(|(key, value)| (key.clone(), Value::from(value.as_str())))
+                .collect();
+            page.line(&table, "resource", resource);
+        }
+    }
 
     for (name, transport) in &settings.transports {
         page.transport(name, transport);

@@ -43,6 +43,8 @@ pub(super) struct Track {
     pub(super) kept: bool,
     /// It was in a batch that failed as a whole: it is tried on its own.
     pub(super) alone: bool,
+    /// It was handled before, and a person wants it again.
+    pub(super) replay: bool,
     /// How it failed since it was last kept.
     pub(super) failure: Option<Box<Failure>>,
 }

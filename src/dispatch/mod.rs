@@ -54,6 +54,7 @@ mod lanes;
 mod outage;
 mod resume;
 mod runner;
+mod spans;
 mod status;
 mod window;
 mod worker;

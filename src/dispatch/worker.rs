@@ -15,10 +15,14 @@ use std::{
 use futures_util::FutureExt as _;
 use tokio::sync::mpsc;
 
-use super::lanes::{Item, LaneId, Track};
+use super::{
+    lanes::{Item, LaneId, Track},
+    spans,
+};
 use crate::{
     event::Position,
     handler::{Batching, EventHandler, HandlerError, Outcome},
+    telemetry,
 };
 
 /// How long a worker goes on with a chunk before it reports, when no call has to wait.
@@ -77,8 +81,10 @@ impl Worker {
         let mut pace = Pace::Instant;
         let mut items = chunk.into_iter();
         while let Some(item) = items.next() {
+            let spans = spans::begin(&*self.handler, std::slice::from_ref(&item));
             let outcome = {
                 let call = async { self.handler.handle(&item.event).await };
+                let call = telemetry::within(&spans, call);
                 let mut call = std::pin::pin!(AssertUnwindSafe(call).catch_unwind());
                 match futures_util::poll!(call.as_mut()) {
                     Poll::Ready(outcome) => outcome.unwrap_or_else(panicked),
@@ -101,6 +107,7 @@ impl Worker {
                     }
                 }
             };
+            spans::end(spans, &std::iter::once((item.position(), &outcome)));
             let failed = !matches!(outcome, Outcome::Done);
             results.push((item, outcome));
             if started.elapsed() > SLICE {
@@ -123,7 +130,9 @@ impl Worker {
     async fn together(&self, chunk: Vec<Item>) -> Report {
         let started = Instant::now();
         let events: Vec<_> = chunk.iter().map(|item| Arc::clone(&item.event)).collect();
-        let call = AssertUnwindSafe(async { self.handler.handle_batch(&events).await });
+        let spans = spans::begin(&*self.handler, &chunk);
+        let call = async { self.handler.handle_batch(&events).await };
+        let call = AssertUnwindSafe(telemetry::within(&spans, call));
         let outcomes = match tokio::time::timeout(self.timeout, call.catch_unwind()).await {
             Ok(Ok(outcomes)) => outcomes,
             whole => {
@@ -136,6 +145,7 @@ impl Worker {
                     took: Some(started.elapsed()),
                 };
                 if chunk.len() > 1 {
+                    spans::end(spans, &std::iter::empty());
                     // One of them may be to blame; which, they show on their own.
                     let alone = |item: Item| {
                         let track = Track { alone: true, ..item.track };
@@ -147,6 +157,7 @@ impl Worker {
                     Ok(Err(panic)) => panicked(panic),
                     Ok(Ok(_)) | Err(_) => timed_out(self.timeout),
                 };
+                spans::end(spans, &chunk.iter().map(Item::position).zip(std::iter::once(&outcome)));
                 return report(
                     chunk.into_iter().zip(std::iter::once(outcome)).collect(),
                     Vec::new(),
@@ -174,6 +185,7 @@ impl Worker {
                 results.push((item, outcome));
             }
         }
+        spans::end(spans, &results.iter().map(|(item, outcome)| (item.position(), outcome)));
         Report {
             worker: self.number,
             results,

@@ -19,6 +19,7 @@ mod new;
 mod reason;
 mod rfc3339;
 mod scan;
+mod trace;
 
 pub use decode::{Decoder, DecoderOptions};
 pub use domain::{DomainEvent, UnixTimestamp};
@@ -27,6 +28,7 @@ pub use expr::{Expr, ParseExprError};
 pub use headers::{HeaderValue, Headers};
 pub use new::{NewEvent, NewEventError};
 pub use reason::{NotAnEvent, Reason};
+pub use trace::{TRACEPARENT, TRACESTATE, TraceContext, tracestate};
 
 use std::{fmt, str::FromStr, sync::Arc};
 

@@ -1,8 +1,9 @@
 //! The daemon's own log.
 
-use std::io::IsTerminal as _;
+use std::{io::IsTerminal as _, os::unix::fs::MetadataExt as _};
 
 use tracing::{Level, Metadata};
+use tracing_journald::{Priority, PriorityMappings};
 use tracing_subscriber::{
     EnvFilter, Layer as _, Registry, filter::filter_fn, fmt, layer::SubscriberExt as _, reload,
     util::SubscriberInitExt as _,
@@ -20,13 +21,17 @@ pub struct LogSettings {
 /// How log lines look.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum LogFormat {
-    /// Text on a terminal, JSON otherwise.
+    /// Text on a terminal, the journal's fields where standard error is the journal's, JSON
+    /// otherwise.
     #[default]
     Auto,
     /// For people.
     Text,
     /// One JSON object a line.
     Json,
+    /// To systemd's journal, with its priorities, by its own socket: each field is one of the
+    /// entry, `PULSEBUS_HANDLER` for `handler`.
+    Journald,
 }
 
 /// What the drivers say is heard only when it says more than the states we report ourselves;
@@ -64,6 +69,9 @@ pub enum LoggingError {
     /// The filter holds what is in no name of a level or target.
     #[error("log.filter: `{0}` has other characters than visible ASCII ones")]
     Characters(String),
+    /// The journal was asked for, and is not there.
+    #[error("log.format: the journal's socket cannot be opened; is this a machine with systemd?")]
+    Journal(#[source] std::io::Error),
     /// This process logs already.
     #[error("logging is set up already")]
     Twice,
@@ -110,24 +118,63 @@ pub fn filter(filter: &str) -> Result<EnvFilter, LoggingError> {
     parse(&all)
 }
 
+/// Whether standard error is the journal's stream: systemd says its device and inode in
+/// `$JOURNAL_STREAM` (systemd.exec(5)), so that a redirection is noticed.
+fn is_journal(stream: Option<&str>, stderr: Option<(u64, u64)>) -> bool {
+    let said = stream.and_then(|stream| stream.split_once(':')).and_then(|(device, inode)| {
+        Some((device.parse::<u64>().ok()?, inode.parse::<u64>().ok()?))
+    });
+    said.is_some() && said == stderr
+}
+
+/// Device and inode of standard error.
+fn stderr_inode() -> Option<(u64, u64)> {
+    let stderr = std::fs::metadata("/proc/self/fd/2").ok()?;
+    Some((stderr.dev(), stderr.ino()))
+}
+
+/// The journal, with priorities of its own kind: `info` is 6, `debug` and `trace` are 7.
+fn journal() -> std::io::Result<tracing_journald::Layer> {
+    Ok(tracing_journald::layer()?
+        .with_field_prefix(Some("PULSEBUS".to_owned()))
+        .with_syslog_identifier("pulsebus".to_owned())
+        .with_priority_mappings(PriorityMappings {
+            error: Priority::Error,
+            warn: Priority::Warning,
+            info: Priority::Informational,
+            debug: Priority::Debug,
+            trace: Priority::Debug,
+        }))
+}
+
 /// Sends `tracing` events to standard error: text on a terminal, one JSON object a line
-/// otherwise, unless the settings say which. What is written can be changed with what is returned.
+/// otherwise, or to the journal where standard error is the journal's; unless the settings say
+/// which. What is written can be changed with what is returned.
 ///
 /// # Errors
-/// Where the filter is not understood, or logging is set up already.
+/// Where the filter is not understood, the journal was asked for and is not there, or logging is
+/// set up already.
 pub fn init_logging(settings: &LogSettings) -> Result<LogFilter, LoggingError> {
     let terminal = std::io::stderr().is_terminal();
-    let json = match settings.format {
-        LogFormat::Auto => !terminal,
-        LogFormat::Text => false,
-        LogFormat::Json => true,
-    };
     let (filter, handle) = reload::Layer::new(filter(&settings.filter)?);
     let lines = fmt::layer().with_writer(std::io::stderr);
-    let lines = if json {
-        lines.json().flatten_event(true).with_current_span(true).with_span_list(false).boxed()
-    } else {
+    let text = |lines: fmt::Layer<_, _, _, _>| {
         lines.with_ansi(terminal && std::env::var_os("NO_COLOR").is_none()).boxed()
+    };
+    let json = |lines: fmt::Layer<_, _, _, _>| {
+        lines.json().flatten_event(true).with_current_span(true).with_span_list(false).boxed()
+    };
+    let stream = std::env::var("JOURNAL_STREAM").ok();
+    let lines = match settings.format {
+        LogFormat::Auto if terminal => text(lines),
+        LogFormat::Auto if is_journal(stream.as_deref(), stderr_inode()) => match journal() {
+            Ok(journal) => journal.boxed(),
+            // Its stream takes lines as well.
+            Err(_) => json(lines),
+        },
+        LogFormat::Auto | LogFormat::Json => json(lines),
+        LogFormat::Text => text(lines),
+        LogFormat::Journald => journal().map_err(LoggingError::Journal)?.boxed(),
     };
     tracing_subscriber::registry()
         // One filter for all, not one of the layer: with those, an event whose call site is
@@ -143,6 +190,18 @@ pub fn init_logging(settings: &LogSettings) -> Result<LogFilter, LoggingError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn standard_error_is_the_journals_only_where_device_and_inode_say_so() {
+        assert!(is_journal(Some("8:1234"), Some((8, 1234))));
+        for stream in [None, Some("8:1235"), Some("9:1234"), Some("8"), Some("8:x"), Some("")] {
+            assert!(!is_journal(stream, Some((8, 1234))), "{stream:?}");
+        }
+        assert!(!is_journal(Some("x"), None) && !is_journal(Some("8:1234"), None));
+        // As systemd would say of this process.
+        let (device, inode) = stderr_inode().unwrap();
+        assert!(is_journal(Some(&format!("{device}:{inode}")), stderr_inode()));
+    }
 
     #[test]
     fn G8_a_filter_keeps_drivers_quiet_and_can_be_overruled() {

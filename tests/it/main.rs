@@ -40,6 +40,7 @@ mod metrics;
 mod model;
 mod nats;
 mod publish_safety;
+mod quiet_log;
 mod readme;
 mod rebuild;
 mod redrive;
@@ -49,6 +50,8 @@ mod store;
 mod stuck;
 mod support;
 mod tls;
+#[cfg(feature = "otlp")]
+mod tracing;
 mod turns;
 mod webhook;
 mod webhook_daemon;

@@ -81,6 +81,8 @@ proptest! {
             "transports.a = { kind = \"http\", url = \"SECRET\", secret = \"SECRET\" }",
             "transports.a = { kind = \"http\", url = \"http://u:SECRET@h/SECRET\", secret = \"whsec_SECRET\", token = \"SECRET\\nx\" }",
             "transports.a = { kind = \"memory\", password = \"SECRET\" }",
+            "telemetry.otlp = { endpoint = \"http://u:SECRET@h/\", headers = \"SECRET\" }",
+            "telemetry.otlp = { endpoint = \"http://h/?key=SECRET\" }",
             "transports.a = { kind = \"amqp\", url = \"amqp://h\", password = { x = \"SECRET\" } }",
         ]),
     ) {

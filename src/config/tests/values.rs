@@ -205,7 +205,7 @@ fn all_errors_are_found_at_once_each_with_its_origin_and_key() {
         ("pulsebus.toml:19", "handlers.h.kind", "must be `search`, `forward` or `log`"),
         ("pulsebus.toml:21", "handlers.h.retry.attempts", "from 1 to 10000"),
         ("PULSEBUS_HTTP__TIMEOUT", "http.timeout", "unit"),
-        ("--set", "log.format", "must be `auto`, `text` or `json`"),
+        ("--set", "log.format", "must be `auto`, `text`, `json` or `journald`"),
     ] {
         let start = format!("{origin}: {key}: ");
         let line = errors.lines().find(|line| line.starts_with(&start));
@@ -735,4 +735,52 @@ fn events_are_kept_for_ever_unless_it_says_how_long() {
     assert_eq!((both.bytes, both.identities), (Some(10 << 30), true));
     let size = retain("store.retain = { size = 5000, identities = false }").unwrap();
     assert_eq!((size.age, size.bytes, size.identities), (None, Some(5_000), false));
+}
+
+const TRACES: &str = r#"
+[telemetry.otlp]
+endpoint = "https://otel.example:4318/v1/traces"
+headers = "api-key=S3cret"
+sample_ratio = 0.25
+resource = { "deployment.environment.name" = "production" }
+"#;
+
+#[cfg(not(feature = "otlp"))]
+#[test]
+fn a_binary_that_cannot_export_traces_refuses_to_be_told_to() {
+    let errors = Given::file(TRACES).errors();
+    assert_eq!(errors.len(), 1, "{errors:?}");
+    assert!(
+        errors[0].contains("telemetry.otlp") && errors[0].contains("`--features otlp`"),
+        "{errors:?}"
+    );
+}
+
+#[cfg(feature = "otlp")]
+#[test]
+fn traces_go_where_they_are_told_to() {
+    let loaded = Given::file(TRACES).loaded();
+    let otlp = loaded.settings.otlp.as_ref().unwrap();
+    assert_eq!(otlp.endpoint.as_str(), "https://otel.example:4318/v1/traces");
+    assert_eq!((otlp.sample_ratio, otlp.queue, &*otlp.service_name), (0.25, 8_192, "pulsebus"));
+    assert_eq!(otlp.resource["deployment.environment.name"], "production");
+    let shown = loaded.show();
+    assert!(shown.contains("headers = \"…\"") && !shown.contains("S3cret"), "{shown}");
+    let again = Given::file(&shown.replace('…', "a=b")).loaded();
+    assert_eq!(again.settings.otlp.unwrap().resource, otlp.resource, "{shown}");
+    for (wrong, problem) in [
+        ("", "missing"),
+        ("endpoint = \"otel:4318\"", "not an http://"),
+        ("endpoint = \"http://u:p@otel/v1/traces\"", "holds a login"),
+        ("endpoint = \"http://otel/v1/traces\"\nheaders = \"S3cret\"", "name=value"),
+        ("endpoint = \"http://otel/v1/traces\"\nsample_ratio = 1.5", "from 0 to 1"),
+        ("endpoint = \"http://otel/v1/traces\"\nqueue = 0", "from 1"),
+        ("endpoint = \"http://otel/v1/traces\"\nca_file = \"/nowhere\"", "/nowhere"),
+        ("endpoint = \"http://otel/v1/traces\"\nservice_name = \" \"", "is empty"),
+    ] {
+        let errors = Given::file(&format!("[telemetry.otlp]\n{wrong}")).errors();
+        assert!(errors.len() == 1 && errors[0].contains(problem), "{wrong}: {errors:?}");
+    }
+    let doubtful = Given::file("telemetry.otlp = { endpoint = \"http://otel:4318\" }").loaded();
+    assert!(doubtful.warnings[0].to_string().contains("no path"), "{:?}", doubtful.warnings);
 }

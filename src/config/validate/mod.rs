@@ -3,6 +3,7 @@
 mod handlers;
 mod server;
 mod sources;
+mod telemetry;
 mod transports;
 
 use std::{
@@ -44,6 +45,7 @@ impl Check<'_> {
         let store = self.store(raw.store.as_ref(), &data_dir);
         let retain = self.retain(raw.store.as_ref().and_then(|store| store.retain.as_ref()));
         let log = self.log(raw.log.as_ref());
+        let otlp = self.otlp(raw.telemetry.as_ref());
         let shutdown_timeout =
             self.span(&["shutdown_timeout"], raw.shutdown_timeout, Duration::from_secs(25));
         let transports = self.transports(raw.transports.as_ref());
@@ -57,6 +59,7 @@ impl Check<'_> {
             limits,
             shutdown_timeout,
             log,
+            otlp,
             transports,
             sources,
             handlers,

@@ -283,6 +283,7 @@ impl Check<'_> {
                 None | Some(RawLogFormat::Auto) => LogFormat::Auto,
                 Some(RawLogFormat::Text) => LogFormat::Text,
                 Some(RawLogFormat::Json) => LogFormat::Json,
+                Some(RawLogFormat::Journald) => LogFormat::Journald,
             },
         }
     }

@@ -8,7 +8,10 @@ mod tell;
 
 use std::{
     panic::AssertUnwindSafe,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     time::{Duration, Instant},
 };
 
@@ -95,10 +98,14 @@ enum End {
 /// `position`, `batching`) starts it again from its saved progress.
 pub(crate) async fn run(setup: Setup, mut commands: mpsc::UnboundedReceiver<Command>) {
     let mut delays = RetryPolicy::reconnect().start();
+    // A rebuild (`NAME~rebuild`, bus/rebuild.rs) handles everything again.
+    let replayed = if setup.name.ends_with("~rebuild") { u64::MAX } else { 0 };
+    let replayed = Arc::new(AtomicU64::new(replayed));
     loop {
         let (stop, start) = (setup.stop.clone(), setup.clone());
+        let replayed = Arc::clone(&replayed);
         let attempt = async {
-            let mut starting = std::pin::pin!(Runner::start(start));
+            let mut starting = std::pin::pin!(Runner::start(start, replayed));
             let mut paused = None;
             let mut runner = loop {
                 tokio::select! {
@@ -184,6 +191,9 @@ struct Runner {
     read_trouble: Option<Trouble>,
     save_trouble: Option<Trouble>,
     redriving: Redriving,
+    /// What is read up to here was handled before its cursor was moved back. Kept for as long as
+    /// the process lives.
+    replayed: Arc<AtomicU64>,
     /// Tells the task that publishes dead letters, where there is one.
     buried: Option<Arc<Notify>>,
     rewind: Option<Rewind>,
@@ -239,7 +249,7 @@ struct Rewind {
 
 impl Runner {
     /// Claims the handler and finds where it goes on, for as long as that takes.
-    async fn start(setup: Setup) -> Self {
+    async fn start(setup: Setup, replayed: Arc<AtomicU64>) -> Self {
         let Setup { name, handler, options, workers, log, status, metrics, owner, lease, stop } =
             setup;
         let mut delays = RetryPolicy::reconnect().start();
@@ -313,6 +323,7 @@ impl Runner {
             read_trouble: None,
             save_trouble: None,
             redriving: Redriving::begun(),
+            replayed,
             buried,
             rewind: None,
             draining: false,
@@ -420,7 +431,10 @@ impl Runner {
             }
             Standing::Parked => Turn::Now,
         };
-        self.lanes.insert(lane, Entry::stub(row.position, turn, row.attempts));
+        let mut entry = Entry::stub(row.position, turn, row.attempts);
+        // Only a redrive leaves one to be tried that has not been tried yet.
+        entry.track.replay = row.attempts == 0 && matches!(row.standing, Standing::Retrying { .. });
+        self.lanes.insert(lane, entry);
     }
 
     fn lane_of_row(&self, row: &Unfinished) -> LaneId {
@@ -625,6 +639,7 @@ impl Runner {
         };
         let moved = moved.await.map_err(|error: StoreError| error.to_string());
         if let Ok(to) = moved {
+            self.replayed.fetch_max(self.window.cursor().0, Relaxed);
             // Whoever has asked for it must not find it where it was.
             self.status.set_position(to);
             self.status.set_settled(to);

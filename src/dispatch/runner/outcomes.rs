@@ -12,6 +12,7 @@ use crate::{
         outage::Outage,
         worker::{Pace, Report},
     },
+    event::{Event, TraceContext},
     handler::{HandlerError, Outcome},
     store::progress::{Failure, Unfinished},
 };
@@ -129,6 +130,7 @@ impl Runner {
             id = item.event.id(),
             key = item.event.key(),
             attempts,
+            trace_id = trace_id(&item.event),
             %error,
             ?delay,
             "attempt failed"
@@ -148,6 +150,7 @@ impl Runner {
             kind = event.kind(),
             key = event.key(),
             attempts = item.track.attempts,
+            trace_id = trace_id(event),
             %error,
             "dead letter"
         );
@@ -191,6 +194,12 @@ impl Runner {
     }
 }
 
+/// The trace an event is in, for lines of the log.
+fn trace_id(event: &Event) -> Option<String> {
+    TraceContext::of(event).map(|context| format!("{:032x}", context.trace_id()))
+}
+
+/// Counts a failed attempt, and writes down why.
 fn note(item: &mut Item, error: &HandlerError) {
     let now = crate::event::now();
     let failure = Failure {

@@ -1,6 +1,9 @@
 //! From the log, and from rows, into the lanes.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::{Arc, atomic::Ordering::Relaxed},
+    time::Instant,
+};
 
 use super::{Loaded, Runner};
 use crate::{
@@ -108,7 +111,9 @@ impl Runner {
                     Ordering::Key => lane_of(&self.handler.lane(&event)),
                     Ordering::None => event.position.0,
                 };
-                self.lanes.push(Item::new(lane, event));
+                let mut item = Item::new(lane, event);
+                item.track.replay = item.position().0 <= self.replayed.load(Relaxed);
+                self.lanes.push(item);
             } else {
                 filtered += 1;
             }

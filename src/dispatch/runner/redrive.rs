@@ -168,6 +168,8 @@ impl Runner {
     /// A dead letter is to be tried again: at the front of its lane, unless something earlier
     /// is there.
     fn take_back(&mut self, lane: LaneId, position: Position) {
-        self.lanes.insert(lane, Entry::stub(position, Turn::Now, 0));
+        let mut entry = Entry::stub(position, Turn::Now, 0);
+        entry.track.replay = true;
+        self.lanes.insert(lane, entry);
     }
 }

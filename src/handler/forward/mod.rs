@@ -36,7 +36,11 @@ use super::{
     template::{ParseTemplateError, Place, RenderError, Template},
 };
 use crate::{
-    event::{EncodeError, Format, Headers, StoredEvent, binary},
+    event::{
+        self, EncodeError, Format, Headers, StoredEvent, TRACEPARENT, TRACESTATE, TraceContext,
+        binary,
+    },
+    telemetry::{self, Kind, Span},
     transport::{Outbound, PublishError, Publisher},
 };
 
@@ -268,6 +272,62 @@ impl ForwardHandler {
             .collect()
     }
 
+    /// Makes the message of an event, and begins the span of its delivery: what the destination
+    /// does with it goes on from there.
+    fn traced(&self, event: &StoredEvent) -> (Result<Outbound, MakeError>, Span) {
+        let (kind, system) = match self.place {
+            Place::UrlPath | Place::HttpHeader => (Kind::Client, "http"),
+            Place::NatsSubject | Place::NatsHeader => (Kind::Producer, "nats"),
+            Place::Amqp => (Kind::Producer, "rabbitmq"),
+            Place::Plain => (Kind::Producer, "memory"),
+        };
+        let mut span = telemetry::within_call(event, kind, || format!("publish {}", self.name));
+        let mut made = self.outbound(event);
+        if let (Ok(message), Some(context)) = (&mut made, span.context()) {
+            let destination = message.exchange.as_deref().unwrap_or(&message.address);
+            span.set("messaging.system", system);
+            span.set("messaging.destination.name", destination);
+            if system == "rabbitmq" {
+                span.set("messaging.rabbitmq.destination.routing_key", &*message.address);
+            }
+            span.set("messaging.operation.name", "publish");
+            span.set("messaging.operation.type", "send");
+            span.set("messaging.message.id", &*message.id);
+            span.set("messaging.message.body.size", message.body.len() as u64);
+            span.set("pulsebus.handler", &*self.name);
+            span.set("pulsebus.position", event.position.0);
+            self.continued(event, context, &mut message.headers);
+        }
+        (made, span)
+    }
+
+    /// Puts the place in the trace into the headers, unless the configuration has one of its own
+    /// there. An event that says nothing valid of a trace has no span, so what it says stays.
+    fn continued(&self, event: &StoredEvent, context: TraceContext, headers: &mut Headers) {
+        let own = |name: &str| {
+            self.templates.headers.iter().any(|(given, _)| given.eq_ignore_ascii_case(name))
+        };
+        if own(TRACEPARENT) {
+            return;
+        }
+        headers.set(TRACEPARENT, context.to_string());
+        let goes_on =
+            TraceContext::of(event).is_some_and(|own| own.trace_id() == context.trace_id());
+        if !goes_on && !own(TRACESTATE) {
+            *headers = headers
+                .iter()
+                .filter(|(name, _)| !name.eq_ignore_ascii_case(TRACESTATE))
+                .map(|(name, value)| (name.into(), value.clone()))
+                .collect();
+        } else if goes_on
+            && headers.get(TRACESTATE).is_none()
+            && let Some(state) = event::tracestate(event)
+        {
+            // Of the CloudEvents extension, which says it where no header does.
+            headers.push(TRACESTATE, state);
+        }
+    }
+
     pub(super) fn outbound(&self, event: &StoredEvent) -> Result<Outbound, MakeError> {
         let Templates { address, exchange, headers: set } = &self.templates;
         let exchange = match (&self.fixed_exchange, exchange) {
@@ -404,13 +464,16 @@ impl EventHandler for ForwardHandler {
     }
 
     async fn handle(&self, event: &StoredEvent) -> Outcome {
-        match self.outbound(event) {
+        let (made, span) = self.traced(event);
+        let outcome = match made {
             Err(error) => Outcome::reject(error),
             Ok(outbound) => match self.publisher.publish(vec![outbound]).await.pop() {
                 Some(result) => outcome(result),
                 None => unanswered(),
             },
-        }
+        };
+        ended(span, &outcome);
+        outcome
     }
 
     /// At most one of each key: in a batch with two of one key, the second could be confirmed
@@ -420,7 +483,22 @@ impl EventHandler for ForwardHandler {
     }
 
     async fn handle_batch(&self, events: &[Arc<StoredEvent>]) -> Vec<Outcome> {
-        self.publish_all(events.iter().map(|event| self.outbound(event)).collect()).await
+        let mut spans = Vec::new();
+        let mut made = Vec::with_capacity(events.len());
+        for (at, event) in events.iter().enumerate() {
+            let (message, span) = self.traced(event);
+            made.push(message);
+            if span.is_some() {
+                spans.push((at, span));
+            }
+        }
+        let outcomes = self.publish_all(made).await;
+        for (at, span) in spans {
+            if let Some(outcome) = outcomes.get(at) {
+                ended(span, outcome);
+            }
+        }
+        outcomes
     }
 }
 
@@ -434,6 +512,17 @@ fn outcome(result: Result<(), PublishError>) -> Outcome {
             Outcome::Unavailable { error: HandlerError::new(reason), after: Some(after) }
         }
     }
+}
+
+/// A delivery has ended so.
+fn ended(mut span: Span, outcome: &Outcome) {
+    match outcome {
+        Outcome::Done => {}
+        Outcome::Retry { error, .. }
+        | Outcome::Reject { error }
+        | Outcome::Unavailable { error, .. } => span.fail(error.as_str()),
+    }
+    span.end();
 }
 
 /// A publisher that returned fewer results than messages: it may have arrived (P5).
