@@ -19,7 +19,7 @@ use crate::{
     event::{Decoder, DecoderOptions, Message},
     retry::RetryPolicy,
     store::{Append, Entry, Log, LogHealth, StoreError, Ticket},
-    telemetry::{Metrics, SourceLabels},
+    telemetry::{self, Metrics, Pulse, SourceLabels},
     transport::{
         Consumer, Deliveries, Receipt, Reporter, Room, Settle, Settlement, SourceSpec, SourceState,
         Transport, TransportError,
@@ -79,14 +79,16 @@ pub async fn run(
 ) {
     let labels = SourceLabels { source: Arc::clone(&source.name) };
     let mut backoff = RetryPolicy::reconnect().start();
+    let pulse = log.pulses().start(format!("source:{}", source.name));
     let consumer = loop {
-        match stop.run_until_cancelled(open(&source, &reporter, &log)).await {
+        let opening = stop.run_until_cancelled(open(&source, &reporter, &log));
+        match pulse.waiting(opening).await {
             Some(Ok(consumer)) => break consumer,
             Some(Err(state)) => reporter.report(state),
             None => {}
         }
         tokio::select! {
-            () = tokio::time::sleep(backoff.next_delay()) => {}
+            () = pulse.waiting(tokio::time::sleep(backoff.next_delay())) => {}
             () = stop.cancelled() => {
                 reporter.report(SourceState::Stopped);
                 return;
@@ -107,6 +109,7 @@ pub async fn run(
         reporter,
         log,
         warned: false,
+        pulse,
     };
     ingest.consume(&stop).await;
     ingest.reporter.report(SourceState::Stopped);
@@ -150,6 +153,7 @@ struct Ingest {
     log: Arc<Log>,
     /// Whether it was said that some messages carry no identity.
     warned: bool,
+    pulse: Pulse,
 }
 
 struct Held {
@@ -173,8 +177,11 @@ impl Ingest {
     async fn consume(&mut self, stop: &CancellationToken) {
         let mut tick = tokio::time::interval(KEEP_ALIVE_TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut beat = tokio::time::interval(telemetry::INTERVAL);
+        beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut stopping = false;
         loop {
+            self.pulse.beat();
             // With the store away, what is held is released: it comes again (C4).
             if stopping && (self.held.is_empty() || *self.health.borrow() != LogHealth::Writing) {
                 return;
@@ -184,7 +191,8 @@ impl Ingest {
                 biased;
                 () = stop.cancelled(), if !stopping => {
                     stopping = true;
-                    let _ = tokio::time::timeout(CLOSE_TIMEOUT, self.consumer.close()).await;
+                    let close = tokio::time::timeout(CLOSE_TIMEOUT, self.consumer.close());
+                    let _ = self.pulse.waiting(close).await;
                 }
                 receipts = first_ticket(&mut self.held) => {
                     let Some(held) = self.held.pop_front() else { continue };
@@ -202,6 +210,7 @@ impl Ingest {
                         return;
                     }
                 }
+                _ = beat.tick() => {}
                 _ = tick.tick(), if !self.held.is_empty() => self.keep_alive().await,
                 deliveries = self.consumer.next(room), if !stopping => {
                     match deliveries {
@@ -255,14 +264,16 @@ impl Ingest {
                  publish with an id, or set require_id = true to quarantine them"
             );
         }
-        held.settle.settle(receipts.into_iter().map(Settlement::Ack).collect()).await;
+        let settle = held.settle.settle(receipts.into_iter().map(Settlement::Ack).collect());
+        // A broker may hold it up: one that is away, or takes nothing for now.
+        self.pulse.waiting(settle).await;
     }
 
     async fn keep_alive(&mut self) {
         let now = Instant::now();
         for held in &mut self.held {
             if held.keep_alive_at.is_some_and(|at| at <= now) {
-                held.settle.keep_alive().await;
+                self.pulse.waiting(held.settle.keep_alive()).await;
                 held.keep_alive_at = held.settle.patience().map(|patience| now + patience);
             }
         }

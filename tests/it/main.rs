@@ -42,6 +42,7 @@ mod rebuild;
 mod redrive;
 mod store;
 mod support;
+mod systemd;
 mod tls;
 mod turns;
 mod webhook;

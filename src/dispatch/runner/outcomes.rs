@@ -26,6 +26,9 @@ impl Runner {
         let Report { worker, results, unstarted, idle, pace, took } = report;
         if idle {
             self.idle.push(worker);
+            if let Some(busy) = self.busy.get_mut(worker) {
+                *busy = None;
+            }
         }
         match pace {
             Pace::Instant => self.chunk = (self.chunk * 2).min(MAX_CHUNK),
