@@ -23,7 +23,7 @@ use crate::{
     event::{Decoder, DecoderOptions, Message, Position},
     retry::RetryPolicy,
     store::{Append, Entry, Log, LogHealth, StoreError, Ticket},
-    telemetry::{Arrivals, Metrics},
+    telemetry::{self, Arrivals, Metrics, Pulse},
     transport::{
         Consumer, Deliveries, Receipt, Reporter, Room, Settle, Settlement, SourceSpec, SourceState,
         Transport, TransportError,
@@ -82,14 +82,16 @@ pub async fn run(
     stop: CancellationToken,
 ) {
     let mut backoff = RetryPolicy::reconnect().start();
+    let pulse = log.pulses().start(format!("source:{}", source.name));
     let consumer = loop {
-        match stop.run_until_cancelled(open(&source, &reporter, &log)).await {
+        let opening = stop.run_until_cancelled(open(&source, &reporter, &log));
+        match pulse.waiting(opening).await {
             Some(Ok(consumer)) => break consumer,
             Some(Err(state)) => reporter.report(state),
             None => {}
         }
         tokio::select! {
-            () = tokio::time::sleep(backoff.next_delay()) => {}
+            () = pulse.waiting(tokio::time::sleep(backoff.next_delay())) => {}
             () = stop.cancelled() => {
                 reporter.report(SourceState::Stopped);
                 return;
@@ -110,6 +112,7 @@ pub async fn run(
         reporter,
         log,
         warned: false,
+        pulse,
     };
     ingest.consume(&stop).await;
     // What is still held goes with it.
@@ -156,6 +159,7 @@ struct Ingest {
     log: Arc<Log>,
     /// Whether it was said that some messages carry no identity.
     warned: bool,
+    pulse: Pulse,
 }
 
 struct Held {
@@ -183,8 +187,11 @@ impl Ingest {
     async fn consume(&mut self, stop: &CancellationToken) {
         let mut tick = tokio::time::interval(KEEP_ALIVE_TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut beat = tokio::time::interval(telemetry::INTERVAL);
+        beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut stopping = false;
         loop {
+            self.pulse.beat();
             // With the store away, what is held is released: it comes again (C4).
             if stopping && (self.held.is_empty() || *self.health.borrow() != LogHealth::Writing) {
                 return;
@@ -194,7 +201,8 @@ impl Ingest {
                 biased;
                 () = stop.cancelled(), if !stopping => {
                     stopping = true;
-                    let _ = tokio::time::timeout(CLOSE_TIMEOUT, self.consumer.close()).await;
+                    let close = tokio::time::timeout(CLOSE_TIMEOUT, self.consumer.close());
+                    let _ = self.pulse.waiting(close).await;
                 }
                 receipts = first_ticket(&mut self.held) => {
                     let Some(held) = self.held.pop_front() else { continue };
@@ -212,6 +220,7 @@ impl Ingest {
                         return;
                     }
                 }
+                _ = beat.tick() => {}
                 _ = tick.tick(), if !self.held.is_empty() => self.keep_alive().await,
                 deliveries = self.consumer.next(room), if !stopping => {
                     match deliveries {
@@ -298,7 +307,9 @@ impl Ingest {
                  publish with an id, or set require_id = true to quarantine them"
             );
         }
-        held.settle.settle(receipts.into_iter().map(Settlement::Ack).collect()).await;
+        let settle = held.settle.settle(receipts.into_iter().map(Settlement::Ack).collect());
+        // A broker may hold it up: one that is away, or takes nothing for now.
+        self.pulse.waiting(settle).await;
         self.counters.settled(committed_at);
         appended.end();
     }
@@ -307,7 +318,7 @@ impl Ingest {
         let now = Instant::now();
         for held in &mut self.held {
             if held.keep_alive_at.is_some_and(|at| at <= now) {
-                held.settle.keep_alive().await;
+                self.pulse.waiting(held.settle.keep_alive()).await;
                 held.keep_alive_at = held.settle.patience().map(|patience| now + patience);
             }
         }

@@ -13,6 +13,7 @@ mod doctor;
 mod events;
 mod handlers;
 mod healthcheck;
+mod manual;
 mod moment;
 mod order;
 mod output;
@@ -140,6 +141,9 @@ enum Command {
     Healthcheck(healthcheck::Args),
     /// Prints completions for a shell
     Completions(completions::Args),
+    /// Writes the manual pages; for packages
+    #[command(hide = true)]
+    Manual(manual::Args),
 }
 
 /// How a command ends that did not do what it was asked.
@@ -214,6 +218,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Some(Command::Doctor(args)) => return block_on(doctor::run(&settings, &args)),
         Some(Command::Config(command)) => config::run(&settings, &command)?,
         Some(Command::Completions(args)) => completions::run(&args)?,
+        Some(Command::Manual(args)) => manual::run(&args)?,
         Some(Command::Publish(args)) => return block_on(publish::run(&settings, args)),
         Some(Command::Events(command)) => block_on(events::run(&settings, command))?,
         Some(Command::Sources(command)) => block_on(sources::run(&settings, command))?,

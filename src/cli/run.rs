@@ -7,7 +7,7 @@ use pulsebus::{
     api::{self, ApiOptions, Front},
     bus::{Component, ComposeError, Composed, DrainDeadline, EventBus, Health, Reloader, Starting},
     config::{Inputs, Loaded, Settings},
-    telemetry::{self, LogFilter},
+    telemetry::{self, LogFilter, Stuck, Watch},
 };
 use sd_notify::NotifyState;
 use tokio::{
@@ -137,6 +137,7 @@ async fn daemon(
         reloader: Reloader::new(&composed, settings.clone()),
         shared: shared.clone(),
     };
+    notifier.watch(&bus);
     open(front, composed, first_steps)?;
     tracing::info!("the bus is up");
     reloads.spawn(reload.run(hangup));
@@ -256,21 +257,42 @@ Then: `pulsebus events tail`, `pulsebus handlers list`, `pulsebus config show`. 
     )
 }
 
-/// What systemd is told: readiness once sources and cursors are up, a status line, and that the
-/// main loop and the runtime are alive.
+/// How long a loop may stand still where systemd has no watchdog: then it is only said.
+const STUCK: Duration = Duration::from_secs(30);
+
+/// What systemd is told: readiness once sources and cursors are up, a status line, and that
+/// everything gets on: the main loop and the runtime, by telling it at all, and each loop whose
+/// pulse is watched (see [`Pulse`](telemetry::Pulse)).
 struct Notifier {
     ready: bool,
     status: String,
+    /// How long a loop may stand still: as long as systemd waits for a word.
+    limit: Duration,
+    watch: Option<Watch>,
+    /// The names of those that stand still.
+    stuck: Vec<String>,
     interval: tokio::time::Interval,
 }
 
 impl Notifier {
     fn new() -> Self {
-        let watchdog = sd_notify::watchdog_enabled().map(|limit| limit / 3);
-        let period = watchdog.unwrap_or(Duration::from_secs(1)).min(Duration::from_secs(1));
+        let limit = sd_notify::watchdog_enabled().unwrap_or(STUCK);
+        let period = (limit / 3).min(telemetry::INTERVAL);
         let mut interval = tokio::time::interval(period.max(Duration::from_millis(10)));
         interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        Self { ready: false, status: String::new(), interval }
+        Self {
+            ready: false,
+            status: String::new(),
+            limit,
+            watch: None,
+            stuck: Vec::new(),
+            interval,
+        }
+    }
+
+    /// Watches the loops of this bus from now on.
+    fn watch(&mut self, bus: &EventBus) {
+        self.watch = Some(bus.log().pulses().watch(self.limit));
     }
 
     /// Says how these are, once an interval.
@@ -279,6 +301,7 @@ impl Notifier {
     async fn tick(&mut self, components: impl FnOnce() -> Vec<Component>) {
         self.interval.tick().await;
         let components = components();
+        let stuck = self.watch.as_mut().map(Watch::stuck).unwrap_or_default();
         // As `/readyz` has it: what is degraded works.
         let up = components.iter().all(|component| component.health != Health::NotReady);
         let waiting: Vec<String> = components
@@ -294,11 +317,14 @@ impl Notifier {
             tracing::info!("ready");
             self.say(&[NotifyState::Ready]);
         }
-        if !self.ready {
+        if !self.ready && stuck.is_empty() {
             // Store and brokers may be away for longer than systemd waits for a start.
             self.say(&[NotifyState::ExtendTimeoutUsec(30_000_000)]);
         }
-        let status = if waiting.is_empty() {
+        self.compare(&stuck);
+        let status = if !self.stuck.is_empty() {
+            format!("stuck: {}", self.stuck.join(", "))
+        } else if waiting.is_empty() {
             "consuming".to_owned()
         } else {
             format!("waiting for {}", waiting.join("; "))
@@ -307,7 +333,24 @@ impl Notifier {
             self.say(&[NotifyState::Status(&status)]);
             self.status = status;
         }
-        self.say(&[NotifyState::Watchdog]);
+        if self.stuck.is_empty() {
+            self.say(&[NotifyState::Watchdog]);
+        }
+    }
+
+    /// Says once what stands still, and once that nothing does any more.
+    fn compare(&mut self, stuck: &[Stuck]) {
+        let names: Vec<String> = stuck.iter().map(|stuck| stuck.name.to_string()).collect();
+        if names == self.stuck {
+            return;
+        }
+        if names.is_empty() {
+            tracing::info!("everything gets on again");
+        }
+        for stuck in stuck.iter().filter(|stuck| !self.stuck.iter().any(|s| **s == *stuck.name)) {
+            tracing::error!("{stuck}: a fault in pulsebus or below it; the watchdog is not fed");
+        }
+        self.stuck = names;
     }
 
     fn say(&self, states: &[NotifyState<'_>]) {

@@ -17,7 +17,7 @@ use super::{Batch, Entry, EventStore, Limit, StoreError, tail::Tail};
 use crate::{
     event::{Position, StoredEvent},
     retry::RetryPolicy,
-    telemetry::{Metrics, ReadLabels},
+    telemetry::{Metrics, Pulse, Pulses, ReadLabels},
     transport::{Mark, Receipt},
 };
 
@@ -81,6 +81,7 @@ pub struct Log {
     health_since: Mutex<OffsetDateTime>,
     requests: mpsc::UnboundedSender<Request>,
     reads: Reads,
+    pulses: Pulses,
 }
 
 /// Where pages of events came from.
@@ -134,6 +135,7 @@ impl Log {
             requests,
             reads,
             store,
+            pulses: Pulses::default(),
         });
         let writer = Writer {
             log: Arc::clone(&log),
@@ -142,6 +144,7 @@ impl Log {
             incoming,
             left_over: None,
             stop: stop.clone(),
+            pulse: log.pulses.start("log"),
         };
         tasks.spawn(writer.run());
         tasks.spawn(Arc::clone(&log).follow(stop));
@@ -152,6 +155,12 @@ impl Log {
     #[must_use]
     pub fn store(&self) -> &Arc<dyn EventStore> {
         &self.store
+    }
+
+    /// The pulses of the loops that write to it and read from it; its writer's is `log`.
+    #[must_use]
+    pub const fn pulses(&self) -> &Pulses {
+        &self.pulses
     }
 
     /// Hands over an append. Never waits: what may be under way at once is bounded by the
@@ -304,6 +313,7 @@ struct Writer {
     /// A request that did not fit the last batch.
     left_over: Option<Request>,
     stop: CancellationToken,
+    pulse: Pulse,
 }
 
 impl Writer {
@@ -325,16 +335,19 @@ impl Writer {
             Some(request) => request,
             None => {
                 let stop = self.stop.clone();
-                let request = tokio::select! {
-                    biased;
-                    () = stop.cancelled() => {
-                        // What was submitted before is still committed, nothing after it.
-                        self.incoming.close();
-                        self.incoming.recv().await
+                let incoming = &mut self.incoming;
+                let request = async {
+                    tokio::select! {
+                        biased;
+                        () = stop.cancelled() => {
+                            // What was submitted before is still committed, nothing after it.
+                            incoming.close();
+                            incoming.recv().await
+                        }
+                        request = incoming.recv() => request,
                     }
-                    request = self.incoming.recv() => request,
                 };
-                request?
+                self.pulse.waiting(request).await?
             }
         };
         let mut batch = Batch::new(Vec::new());
@@ -372,7 +385,8 @@ impl Writer {
         let mut backoff = RetryPolicy::reconnect().start();
         loop {
             let started = Instant::now();
-            match self.log.store.append(batch).await {
+            let append = self.log.store.append(batch);
+            match self.pulse.within(self.log.store.patience(), append).await {
                 Ok(receipts) if receipts.len() == batch.entries.len() => {
                     self.metrics.log.commit_seconds.observe(started.elapsed().as_secs_f64());
                     #[expect(clippy::cast_precision_loss, reason = "a batch is a few thousand")]
@@ -408,8 +422,9 @@ impl Writer {
                         );
                     }
                     let stopped = self.stop.cancelled();
+                    let pause = self.pulse.waiting(tokio::time::sleep(backoff.next_delay()));
                     tokio::select! {
-                        () = tokio::time::sleep(backoff.next_delay()) => {}
+                        () = pause => {}
                         () = stopped => return None,
                     }
                 }

@@ -60,7 +60,7 @@ pub use log::{Append, Log, LogHealth, LogOptions, Ticket};
 pub use progress::ProgressStore;
 pub use retain::{Extent, HeldBy, Hold, Removal, Removed};
 
-use std::{borrow::Cow, sync::Arc};
+use std::{borrow::Cow, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -187,6 +187,13 @@ impl Connections {
 pub trait EventStore: ProgressStore {
     /// `memory`, `sqlite`, `postgres`, or a name of your own.
     fn kind(&self) -> &'static str;
+
+    /// How long a call may take while nothing is wrong with this process, its own timeouts
+    /// included; one that takes longer does not end any more, and the watchdog may act. Default
+    /// 30 s.
+    fn patience(&self) -> Duration {
+        Duration::from_secs(30)
+    }
 
     /// Appends (S1-S6, S8); one receipt per entry, in order. An empty batch may carry marks.
     ///

@@ -650,6 +650,11 @@ impl EventStore for PostgresStore {
         "postgres"
     }
 
+    fn patience(&self) -> Duration {
+        // An append waits for a connection and for an answer, and perhaps for one before it.
+        2 * (self.options.connect_timeout + self.options.timeout)
+    }
+
     async fn append(&self, batch: &Batch) -> Result<Vec<Receipt>, StoreError> {
         append_isolating(self, batch).await
     }

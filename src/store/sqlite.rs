@@ -72,6 +72,7 @@ pub struct SqliteStore {
     readers: SqlitePool,
     caution: Caution,
     failed: OnceLock<StoreError>,
+    patience: Duration,
 }
 
 impl SqliteStore {
@@ -114,6 +115,8 @@ impl SqliteStore {
             writer,
             caution: Caution::default(),
             failed: OnceLock::new(),
+            // Another process's lock, twice (for a connection, and on it), and a slow disk.
+            patience: 2 * busy_timeout + Duration::from_secs(10),
         };
         match store.prepare(&path).await {
             Ok(()) => Ok(store),
@@ -183,6 +186,10 @@ impl SqliteStore {
 impl EventStore for SqliteStore {
     fn kind(&self) -> &'static str {
         "sqlite"
+    }
+
+    fn patience(&self) -> Duration {
+        self.patience
     }
 
     async fn append(&self, batch: &Batch) -> Result<Vec<Receipt>, StoreError> {

@@ -1,4 +1,5 @@
-//! Logs, metrics and spans: names of fields and series, and where they go.
+//! Logs, metrics and spans: names of fields and series, and where they go; the pulses of the
+//! loops.
 
 mod arrivals;
 mod logging;
@@ -7,6 +8,7 @@ mod metrics;
 mod otlp;
 #[cfg(feature = "otlp")]
 mod otlp_wire;
+mod pulse;
 mod settings;
 mod spans;
 
@@ -19,6 +21,7 @@ pub use metrics::{
 };
 #[cfg(feature = "otlp")]
 pub use otlp::{Exporter, OtlpError, export_spans};
+pub use pulse::{INTERVAL, Pulse, Pulses, Stuck, Watch};
 pub use settings::OtlpSettings;
 pub use spans::trace_of;
 pub(crate) use spans::{Kind, Span, are_exported, within, within_call};

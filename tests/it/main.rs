@@ -49,6 +49,7 @@ mod retain;
 mod store;
 mod stuck;
 mod support;
+mod systemd;
 mod tls;
 #[cfg(feature = "otlp")]
 mod tracing;

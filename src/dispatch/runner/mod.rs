@@ -1,5 +1,6 @@
 //! The task that owns a handler's cursor, window, lanes and rows.
 
+mod beat;
 mod outcomes;
 mod progress;
 mod reading;
@@ -15,7 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use futures_util::{FutureExt as _, future::BoxFuture};
+use futures_util::FutureExt as _;
 use rustc_hash::FxHashMap;
 use time::OffsetDateTime;
 use tokio::{
@@ -24,7 +25,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use self::{progress::Saving, redrive::Redriving};
+use self::{beat::Call, progress::Saving, redrive::Redriving};
 use super::{
     BlockedKey, HandlerOptions, HandlerState, HandlerStatus, OnDead, Ordering,
     burial::Burial,
@@ -45,7 +46,7 @@ use crate::{
         Log, StoreError,
         progress::{AuditEntry, Epoch, Standing, Unfinished},
     },
-    telemetry::{ComponentLabels, LeaseMetrics, Metrics},
+    telemetry::{self, ComponentLabels, LeaseMetrics, Metrics, Pulse},
 };
 
 /// Rows read at once when a handler starts.
@@ -101,11 +102,13 @@ pub(crate) async fn run(setup: Setup, mut commands: mpsc::UnboundedReceiver<Comm
     // A rebuild (`NAME~rebuild`, bus/rebuild.rs) handles everything again.
     let replayed = if setup.name.ends_with("~rebuild") { u64::MAX } else { 0 };
     let replayed = Arc::new(AtomicU64::new(replayed));
+    // Out here, so that a panic that is survived does not count as the end of the loop.
+    let pulse = Arc::new(setup.log.pulses().start(format!("handler:{}", setup.name)));
     loop {
         let (stop, start) = (setup.stop.clone(), setup.clone());
         let replayed = Arc::clone(&replayed);
         let attempt = async {
-            let mut starting = std::pin::pin!(Runner::start(start, replayed));
+            let mut starting = std::pin::pin!(Runner::start(start, replayed, Arc::clone(&pulse)));
             let mut paused = None;
             let mut runner = loop {
                 tokio::select! {
@@ -143,14 +146,14 @@ pub(crate) async fn run(setup: Setup, mut commands: mpsc::UnboundedReceiver<Comm
                 // Whoever tells it something learns that nobody listens.
                 commands.close();
                 while commands.try_recv().is_ok() {}
-                setup.stop.cancelled().await;
+                pulse.waiting(setup.stop.cancelled()).await;
                 break;
             }
             Err(_) => {}
         }
         let reason = "the handler's code panicked outside of a call; it is started again";
         setup.status.set_state(HandlerState::Failed(reason.to_owned()));
-        let pause = tokio::time::sleep(delays.next_delay());
+        let pause = pulse.waiting(tokio::time::sleep(delays.next_delay()));
         if setup.stop.run_until_cancelled(pause).await.is_none() {
             break;
         }
@@ -208,8 +211,8 @@ struct Runner {
     workers: JoinSet<()>,
     chunk: usize,
 
-    reading: Option<BoxFuture<'static, Result<Vec<Arc<StoredEvent>>, StoreError>>>,
-    loading: Option<BoxFuture<'static, Loaded>>,
+    reading: Option<Call<Result<Vec<Arc<StoredEvent>>, StoreError>>>,
+    loading: Option<Call<Loaded>>,
     saving: Option<Saving>,
     saved: Position,
     saved_at: Option<Instant>,
@@ -225,6 +228,9 @@ struct Runner {
     progressed: bool,
     last_progress: Option<OffsetDateTime>,
     lease_metrics: LeaseMetrics,
+    pulse: Arc<Pulse>,
+    /// It has been said that something does not end.
+    overdue: bool,
 }
 
 /// What was asked for by position, and what came.
@@ -237,7 +243,7 @@ struct Lease {
     until: Instant,
     /// When it is to be renewed.
     next: Instant,
-    renewing: Option<BoxFuture<'static, (Instant, Result<bool, StoreError>)>>,
+    renewing: Option<Call<(Instant, Result<bool, StoreError>)>>,
 }
 
 /// A cursor that is to be moved, once nothing runs.
@@ -249,7 +255,7 @@ struct Rewind {
 
 impl Runner {
     /// Claims the handler and finds where it goes on, for as long as that takes.
-    async fn start(setup: Setup, replayed: Arc<AtomicU64>) -> Self {
+    async fn start(setup: Setup, replayed: Arc<AtomicU64>, pulse: Arc<Pulse>) -> Self {
         let Setup { name, handler, options, workers, log, status, metrics, owner, lease, stop } =
             setup;
         let mut delays = RetryPolicy::reconnect().start();
@@ -257,14 +263,15 @@ impl Runner {
         metrics.lease.lost(&component(&name));
         let (asked, resumed) = loop {
             let asked = Instant::now();
-            match Resumed::find(&name, &*handler, &options, &log, &owner, lease).await {
+            let finding = Resumed::find(&name, &*handler, &options, &log, &owner, lease);
+            match pulse.within(beat::finding(&log), finding).await {
                 Ok(found) => break (asked, found),
                 Err(state) => {
                     elsewhere |= matches!(state, HandlerState::Standby(_));
                     status.set_state(state);
                 }
             }
-            tokio::time::sleep(delays.next_delay().min(lease / 5)).await;
+            pulse.waiting(tokio::time::sleep(delays.next_delay().min(lease / 5))).await;
         };
         let Resumed { epoch, cursor, paused } = resumed;
         status.set_position(cursor);
@@ -347,6 +354,8 @@ impl Runner {
             progressed: false,
             last_progress: None,
             lease_metrics: metrics.lease,
+            pulse,
+            overdue: false,
             name,
             handler,
             batching,
@@ -365,12 +374,14 @@ impl Runner {
         let (cursor, mut after, mut dead) = (self.window.cursor(), Position::START, 0);
         let mut delays = RetryPolicy::reconnect().start();
         loop {
-            let page = self.log.store().unfinished(&self.name, after, PAGE).await;
+            let store = self.log.store();
+            let page = store.unfinished(&self.name, after, PAGE);
+            let page = self.pulse.within(store.patience(), page).await;
             let page = match page {
                 Ok(page) => page,
                 Err(error) => {
                     self.status.set_state(HandlerState::Waiting(error.to_string()));
-                    tokio::time::sleep(delays.next_delay()).await;
+                    self.pulse.waiting(tokio::time::sleep(delays.next_delay())).await;
                     continue;
                 }
             };
@@ -455,6 +466,7 @@ impl Runner {
     async fn work(&mut self, commands: &mut mpsc::UnboundedReceiver<Command>) -> End {
         loop {
             let now = Instant::now();
+            self.beat(now);
             self.lanes.wake(now);
             self.renew(now);
             self.read_ahead(now);
@@ -477,12 +489,16 @@ impl Runner {
                 // Trouble has been said; the cursor stays and the events come again (G4).
                 if !self.dirty() || self.save_trouble.is_some() {
                     self.workers.shutdown().await;
-                    let _ = self.log.store().release(&self.name, self.epoch).await;
+                    let store = self.log.store();
+                    let release = store.release(&self.name, self.epoch);
+                    let _ = self.pulse.within(store.patience(), release).await;
                     return End::Stopped;
                 }
             }
             if idle && let Some(rewind) = self.rewind.take() {
-                self.rewound(rewind).await;
+                let patience = 2 * self.log.store().patience();
+                let pulse = Arc::clone(&self.pulse);
+                pulse.within(patience, self.rewound(rewind)).await;
                 self.workers.shutdown().await;
                 return End::Anew;
             }
@@ -530,7 +546,7 @@ impl Runner {
                         self.draining = true;
                     }
                 }
-                () = until(wake) => {}
+                () = tokio::time::sleep_until(wake.into()) => {}
             }
         }
     }
@@ -565,9 +581,11 @@ impl Runner {
 
     /// The next moment something is due. What was due by `now` has been seen to already, so
     /// only later moments count: nothing spins.
-    fn next_wake(&self, now: Instant) -> Option<Instant> {
+    fn next_wake(&self, now: Instant) -> Instant {
+        // Its pulse goes on whatever it waits for.
+        let beat = now + telemetry::INTERVAL;
         if self.draining {
-            return None;
+            return beat;
         }
         let retry = self.lanes.next_due();
         let probe = self.outage.as_ref().filter(|o| o.probe.is_none()).map(|o| o.until);
@@ -584,7 +602,7 @@ impl Runner {
             .into_iter()
             .flatten()
             .filter(|at| *at > now)
-            .min()
+            .fold(beat, Instant::min)
     }
 
     /// Gives ready events to idle workers.
@@ -649,16 +667,9 @@ impl Runner {
 }
 
 /// Resolves with what the future in the slot does; never while the slot is empty.
-async fn ready<T>(slot: &mut Option<BoxFuture<'static, T>>) -> T {
+async fn ready<T>(slot: &mut Option<Call<T>>) -> T {
     match slot {
         Some(future) => future.await,
-        None => std::future::pending().await,
-    }
-}
-
-async fn until(at: Option<Instant>) {
-    match at {
-        Some(at) => tokio::time::sleep_until(at.into()).await,
         None => std::future::pending().await,
     }
 }

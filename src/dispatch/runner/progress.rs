@@ -2,9 +2,9 @@
 
 use std::{panic::AssertUnwindSafe, sync::Arc, time::Instant};
 
-use futures_util::{FutureExt as _, future::BoxFuture};
+use futures_util::FutureExt as _;
 
-use super::Runner;
+use super::{Runner, beat::Call};
 use crate::{
     dispatch::{
         Ordering,
@@ -30,7 +30,7 @@ pub(super) struct Saving {
     /// It has what was redriven last.
     redriven: bool,
     begun: Instant,
-    pub(super) done: BoxFuture<'static, Result<(), NotSaved>>,
+    pub(super) done: Call<Result<(), NotSaved>>,
 }
 
 /// A checkpoint that did not happen, or may not have.
@@ -74,7 +74,7 @@ impl Runner {
         };
         let handler = Arc::clone(&self.handler);
         let log = Arc::clone(&self.log);
-        let done = Box::pin(async move {
+        let done = Call::new(now, async move {
             let steps = async {
                 tokio::time::timeout(FLUSH_TIMEOUT, handler.flush(cursor))
                     .await
@@ -176,7 +176,7 @@ impl Runner {
         let length = lease.length;
         lease.next = now + length / 3;
         let (log, name, epoch) = (Arc::clone(&self.log), Arc::clone(&self.name), self.epoch);
-        lease.renewing = Some(Box::pin(async move {
+        lease.renewing = Some(Call::new(now, async move {
             let renewed = log.store().renew(&name, epoch, length).await;
             // Counted from when it was asked for: the store's clock began no earlier.
             (now, renewed)

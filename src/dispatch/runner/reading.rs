@@ -5,7 +5,7 @@ use std::{
     time::Instant,
 };
 
-use super::{Loaded, Runner};
+use super::{Loaded, Runner, beat::Call};
 use crate::{
     dispatch::{
         Ordering,
@@ -70,7 +70,7 @@ impl Runner {
             bytes: (self.options.window_bytes - self.lanes.bytes()).min(8 << 20),
         };
         let log = Arc::clone(&self.log);
-        self.reading = Some(Box::pin(async move { log.read(after, limit).await }));
+        self.reading = Some(Call::new(now, async move { log.read(after, limit).await }));
     }
 
     /// Queues a page that was read.
@@ -143,7 +143,7 @@ impl Runner {
             return;
         }
         let log = Arc::clone(&self.log);
-        self.loading = Some(Box::pin(async move {
+        self.loading = Some(Call::new(now, async move {
             let positions: Vec<_> = wanted.iter().map(|(position, _)| *position).collect();
             let events = log.get(&positions, LOAD.1).await;
             (wanted, events)

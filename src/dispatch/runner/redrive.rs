@@ -5,9 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use futures_util::future::BoxFuture;
-
-use super::Runner;
+use super::{Runner, beat::Call};
 use crate::{
     dispatch::{
         lanes::{Entry, LaneId, Turn},
@@ -35,7 +33,7 @@ pub(super) struct Redriving {
     not_before: Option<Instant>,
     /// Redrives that have had as much as their rate lets them, and until when that counts.
     resting: Vec<(u64, Instant)>,
-    pub(super) fetching: Option<BoxFuture<'static, Result<Vec<Redriven>, StoreError>>>,
+    pub(super) fetching: Option<Call<Result<Vec<Redriven>, StoreError>>>,
     /// What was taken up last is in no checkpoint yet; asked again, the store would give it
     /// again.
     pub(super) unsaved: bool,
@@ -89,7 +87,7 @@ impl Runner {
         let except: Vec<u64> = resting.iter().map(|(redrive, _)| *redrive).collect();
         // Set again by whoever starts one from now on, which this may not find.
         *wanted = false;
-        *fetching = Some(Box::pin(async move {
+        *fetching = Some(Call::new(now, async move {
             let found = log.store().redriven(&name, &except, BATCH).await?;
             if found.is_empty() {
                 log.store().end_redrives().await?;

@@ -83,6 +83,10 @@ impl EventStore for Faulty {
         self.store.kind()
     }
 
+    fn patience(&self) -> Duration {
+        self.store.patience()
+    }
+
     async fn append(&self, batch: &Batch) -> Result<Vec<Receipt>, StoreError> {
         self.call("append", self.store.append(batch)).await
     }
