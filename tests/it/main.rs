@@ -46,6 +46,7 @@ mod rebuild;
 mod redrive;
 mod reload;
 mod retain;
+mod ship;
 mod store;
 mod stuck;
 mod support;

@@ -227,7 +227,9 @@ impl Site {
         let deadline = Instant::now() + BOOT;
         loop {
             let text = fs::read_to_string(&printed).unwrap();
-            if text.contains("Starting broker... completed") {
+            // The second where its log goes to the console as well, and tears the first apart.
+            let up = ["Starting broker... completed", "Server startup complete"];
+            if up.iter().any(|up| text.contains(up)) {
                 return process;
             }
             if let Some(status) = process.try_wait().unwrap() {
