@@ -1,7 +1,7 @@
-//! `config show` and `config schema`.
+//! `config show`, `config schema` and `config reference`.
 
 use anyhow::Context as _;
-use pulsebus::config::schema;
+use pulsebus::config::{reference, schema};
 
 use super::{Failure, SettingsArgs, output};
 
@@ -15,6 +15,8 @@ pub(super) enum Command {
     },
     /// Prints the JSON Schema of the configuration file
     Schema,
+    /// Prints every key with type, default, variable and meaning, as Markdown: docs/configuration.md
+    Reference,
 }
 
 pub(super) fn run(settings: &SettingsArgs, command: &Command) -> Result<(), Failure> {
@@ -31,6 +33,7 @@ pub(super) fn run(settings: &SettingsArgs, command: &Command) -> Result<(), Fail
                 output::print(shown.trim_end())?;
             }
         }
+        Command::Reference => output::print(reference().trim_end())?,
         Command::Schema => output::print(&format!("{:#}", schema()))?,
     }
     Ok(())

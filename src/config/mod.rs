@@ -20,6 +20,7 @@ mod changes;
 mod error;
 mod load;
 mod raw;
+mod reference;
 mod schema;
 mod settings;
 mod show;
@@ -37,6 +38,7 @@ pub use crate::{
 pub use changes::Reload;
 pub use error::{ConfigError, ConfigErrors};
 pub use load::{DEFAULT_FILE, Flag, Inputs, Loaded, load};
+pub use reference::reference;
 pub use schema::schema;
 pub use settings::{
     CheckpointSettings, DEFAULT_LISTEN, DeadLetterSettings, ForwardSettings, HandlerKind,
