@@ -10,6 +10,8 @@ mod completions;
 mod config;
 mod dead_letters;
 mod doctor;
+#[cfg(test)]
+mod documented;
 mod events;
 mod handlers;
 mod healthcheck;

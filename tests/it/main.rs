@@ -14,6 +14,7 @@
 )]
 
 mod amqp;
+mod backup;
 mod bad_input;
 mod bridge;
 mod cli;

@@ -62,6 +62,11 @@ impl Daemon {
         daemon
     }
 
+    /// Configured and not started, for a test that puts something into its folder first.
+    pub(crate) fn stopped(config: &str) -> Self {
+        Self::not_started(process::free_port(), config)
+    }
+
     /// Everything it needs, and nobody has started it.
     pub(crate) fn not_started(port: u16, config: &str) -> Self {
         let folder = process::folder("daemon");
