@@ -7,8 +7,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{Finding, Severity, finding::SYSTEM};
+use super::{Finding, Severity};
 use crate::config::{HandlerKind, Settings, StoreSettings};
+use crate::finding::{SYSTEM, size};
 
 /// Free bytes below which writing is as good as over: a WAL file and a merge of an index need
 /// that much at once.
@@ -216,16 +217,6 @@ fn judge_inodes(path: &Path, free: u64, all: u64) -> Option<Finding> {
             "remove files that nobody needs, or make the file system anew with more inodes",
         )
     })
-}
-
-/// Bytes, as people read them.
-pub(crate) fn size(bytes: u64) -> String {
-    match bytes {
-        0..1_024 => format!("{bytes} B"),
-        1_024..1_048_576 => format!("{} KiB", bytes >> 10),
-        1_048_576..10_737_418_240 => format!("{} MiB", bytes >> 20),
-        _ => format!("{} GiB", bytes >> 30),
-    }
 }
 
 #[cfg(test)]

@@ -9,9 +9,10 @@ use std::{
 
 use rustix::fs::Access;
 
-use super::{Finding, Severity, disk, finding::SYSTEM};
+use super::{Finding, Severity, disk};
 use crate::{
     config::{Settings, StoreSettings, TransportSettings},
+    finding::SYSTEM,
     secret::Secret,
     tls::TlsOptions,
 };

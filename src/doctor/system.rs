@@ -5,8 +5,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{Finding, Report, Severity, disk, files, finding::SYSTEM};
+use super::{Finding, Report, Severity, disk, files};
 use crate::config::{HandlerKind, Settings, StoreSettings, TransportSettings};
+use crate::finding::{SYSTEM, size};
 
 /// Descriptors of the process itself: the runtime, the log, libraries, the lock files, and the
 /// files that TLS settings are read from.
@@ -177,8 +178,8 @@ fn judge_memory(limit: u64, settings: &Settings) -> Option<Finding> {
             "machine-memory",
             format!(
                 "this process may use {} of memory; the configured bounds allow {}",
-                disk::size(limit),
-                disk::size(bounds)
+                size(limit),
+                size(bounds)
             ),
             "under load the kernel ends the daemon, again and again: nothing is lost, but \
              nothing gets on either",

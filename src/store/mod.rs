@@ -45,6 +45,7 @@
 //! What handlers have done is kept beside the log: the clauses D1-D8 of [`progress`].
 
 mod admit;
+mod judge;
 mod log;
 pub mod memory;
 pub mod postgres;

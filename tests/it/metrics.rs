@@ -55,6 +55,8 @@ impl Busy {
         let receiver = Receiver::ruled(|_| Reply::status(500)).await;
         let config = format!(
             r#"
+[store]
+retain = {{ size = 1 }}
 [transports.nats]
 kind = "nats"
 url = "{}"
@@ -109,17 +111,20 @@ retry = {{ attempts = 2, initial = "10ms", max = "20ms" }}
     }
 
     async fn families(&self) -> Vec<Family> {
-        let text =
-            wait_until("dead letters have been taken up again, quarantine counted", async || {
+        let text = wait_until(
+            "dead letters taken up again, quarantine counted, the log held up",
+            async || {
                 let text = self.metrics("application/openmetrics-text").await;
                 let taken = text.lines().any(|line| {
                     line.starts_with("pulsebus_handler_redriven_total{")
                         && line.contains("retry")
                         && !line.ends_with(" 0")
                 });
-                (taken && text.contains("pulsebus_quarantine_entries 1\n")).then_some(text)
-            })
-            .await;
+                let held = text.contains("pulsebus_retention_held{");
+                (taken && held && text.contains("pulsebus_quarantine_entries 1\n")).then_some(text)
+            },
+        )
+        .await;
         parsed(&["openmetrics"], &text).iter().map(Family::of).collect()
     }
 }

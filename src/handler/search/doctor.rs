@@ -16,7 +16,7 @@ use super::{
     mapping::Mapping,
     sealed::Sealed,
 };
-use crate::doctor::{Finding, Severity};
+use crate::finding::{Finding, Severity};
 
 /// Everything that is wrong with the index of this handler. `subject` is what findings are
 /// about. *Blocks* while the disk is read; the index is not read as a whole.

@@ -16,12 +16,9 @@ use time::OffsetDateTime;
 
 use super::{MIGRATIONS, PostgresOptions, error, migrator};
 use crate::{
-    doctor::{
-        Finding, Severity,
-        finding::{STORE, skew},
-    },
+    finding::{Finding, STORE, Severity, skew},
     store::{
-        StoreError,
+        StoreError, judge as judged,
         schema::{self, Applied, Schema},
     },
 };
@@ -301,7 +298,7 @@ async fn tables(
     };
     let applied = rows.iter().map(step).collect::<Result<Vec<_>, _>>()?;
     let schema = schema::judge(&migrator(), &applied);
-    findings.extend(crate::doctor::store::schema(
+    findings.extend(judged::schema(
         "postgres-schema",
         &format!("database {}", facts.database),
         &schema,
@@ -312,7 +309,7 @@ async fn tables(
     let row = one(connection, LOG).await?;
     let (head, last): (i64, Option<i64>) = (row.try_get(0)?, row.try_get(1)?);
     let beyond: Option<String> = row.try_get(2)?;
-    findings.extend(crate::doctor::store::log(head, last, beyond.as_deref()));
+    findings.extend(judged::log(head, last, beyond.as_deref()));
     Ok(())
 }
 

@@ -20,13 +20,11 @@ use sqlx::{
 
 use super::migrate::{MIGRATIONS, check_version, migrator};
 use crate::{
-    doctor::{
-        Finding, Severity,
-        disk::size,
-        finding::STORE,
-        store::{log, schema as schema_finding},
+    finding::{Finding, STORE, Severity, size},
+    store::{
+        judge::{log, schema as schema_finding},
+        schema::{self, Applied, Schema},
     },
-    store::schema::{self, Applied, Schema},
 };
 
 /// How long each look may take.

@@ -17,10 +17,7 @@ use super::{
     webhook::WebhookOptions,
 };
 use crate::{
-    doctor::{
-        Finding, Severity,
-        finding::{is_local, skew},
-    },
+    finding::{Finding, Severity, is_local, skew},
     tls,
 };
 

@@ -4,8 +4,8 @@ use time::{Date, Month};
 
 use super::{Facts, finding};
 use crate::{
-    doctor::{Finding, Severity, disk::size},
-    store::{StoreError, postgres::PostgresOptions},
+    finding::{Finding, Severity, size},
+    store::{StoreError, judge, postgres::PostgresOptions},
 };
 
 /// The oldest major version that has every statement's parts: covering indexes (`INCLUDE`).
@@ -389,7 +389,7 @@ pub(super) fn no_tables(facts: &Facts) -> Option<Finding> {
             "pulsebus needs these names for its own tables, and does not start",
             "give it a database of its own (createdb), or a schema of its own (search_path)",
         )),
-        None => crate::doctor::store::schema(
+        None => judge::schema(
             "postgres-schema",
             &format!("database {}", facts.database),
             &crate::store::schema::Schema::Behind { at: 0, of: 0 },

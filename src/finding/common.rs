@@ -1,4 +1,4 @@
-//! How findings are made.
+//! What several parts judge in the same way: clocks, hosts, sizes.
 
 use std::time::{Duration, SystemTime};
 
@@ -15,27 +15,6 @@ pub(crate) const STORE: &str = "store";
 /// Clocks that differ by more are a finding: receivers of signed webhooks allow five minutes at
 /// most, some only seconds, and leases are ten seconds long.
 const MAX_SKEW: Duration = Duration::from_secs(5);
-
-impl Finding {
-    /// A finding, in the order in which it reads.
-    pub(crate) fn of(
-        severity: Severity,
-        subject: &str,
-        check: &'static str,
-        what: impl Into<String>,
-        why: impl Into<String>,
-        mend: impl Into<String>,
-    ) -> Self {
-        Self {
-            severity,
-            subject: subject.to_owned(),
-            check,
-            what: what.into(),
-            why: why.into(),
-            mend: mend.into(),
-        }
-    }
-}
 
 /// Compares the clock of `whose` with ours, which was read before and after `theirs` was.
 ///
@@ -73,6 +52,16 @@ pub(crate) fn is_local(host: &str) -> bool {
     let address = host.trim_start_matches('[').trim_end_matches(']');
     host.eq_ignore_ascii_case("localhost")
         || address.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
+/// Bytes, as people read them.
+pub(crate) fn size(bytes: u64) -> String {
+    match bytes {
+        0..1_024 => format!("{bytes} B"),
+        1_024..1_048_576 => format!("{} KiB", bytes >> 10),
+        1_048_576..10_737_418_240 => format!("{} MiB", bytes >> 20),
+        _ => format!("{} GiB", bytes >> 30),
+    }
 }
 
 #[cfg(test)]

@@ -3,9 +3,13 @@
 //! Below `transport`, whose implementations judge their own brokers, and below `doctor`, which
 //! puts everything together.
 
+mod common;
+
 use std::sync::Arc;
 
 use serde::Serialize;
+
+pub(crate) use self::common::{STORE, SYSTEM, is_local, size, skew};
 
 /// How bad a [`Finding`] is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -47,6 +51,27 @@ pub struct Finding {
     pub why: String,
     /// What to do about it.
     pub mend: String,
+}
+
+impl Finding {
+    /// A finding, in the order in which it reads.
+    pub(crate) fn of(
+        severity: Severity,
+        subject: &str,
+        check: &'static str,
+        what: impl Into<String>,
+        why: impl Into<String>,
+        mend: impl Into<String>,
+    ) -> Self {
+        Self {
+            severity,
+            subject: subject.to_owned(),
+            check,
+            what: what.into(),
+            why: why.into(),
+            mend: mend.into(),
+        }
+    }
 }
 
 /// What was found about one subject.
