@@ -252,8 +252,8 @@ async fn beside_live_traffic(store: &str) {
     })
     .await;
     let metrics = world.daemon.get("/metrics").await.unwrap();
-    assert!(metrics.contains("pulsebus_events_removed_total"), "{metrics}");
-    assert!(metrics.contains("pulsebus_first_position"), "{metrics}");
+    assert!(metrics.contains("pulsebus_log_removed_total"), "{metrics}");
+    assert!(metrics.contains("pulsebus_log_first_position"), "{metrics}");
 
     // Copies, through another stream: of what is gone, and of what is there.
     let js = world.nats.jetstream().await;
